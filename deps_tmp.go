@@ -1,0 +1,27 @@
+package deps
+
+import (
+	_ "connectrpc.com/connect"
+	_ "filippo.io/age"
+	_ "github.com/anishathalye/porcupine"
+	_ "github.com/cedar-policy/cedar-go"
+	_ "github.com/cockroachdb/pebble/v2"
+	_ "github.com/coreos/go-oidc/v3/oidc"
+	_ "github.com/go-jose/go-jose/v4"
+	_ "github.com/hashicorp/raft"
+	_ "github.com/jackc/pgx/v5"
+	_ "github.com/jackc/pgx/v5/pgproto3"
+	_ "github.com/klauspost/compress/zstd"
+	_ "github.com/minio/minio-go/v7"
+	_ "github.com/multigres/multigres/go/common/parser"
+	_ "github.com/quic-go/quic-go"
+	_ "github.com/rogpeppe/go-internal/testscript"
+	_ "github.com/spf13/cobra"
+	_ "go.uber.org/goleak"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/sync/errgroup"
+	_ "google.golang.org/protobuf/encoding/protowire"
+	_ "gopkg.in/yaml.v3"
+	_ "pgregory.net/rapid"
+	_ "github.com/schollz/progressbar/v3"
+)

@@ -1,0 +1,138 @@
+package event
+
+import "time"
+
+// Types of events. Payloads are JSON of the struct named beside each.
+const (
+	TypeClusterCreated   = "cluster.created"   // ClusterCreated, aggregate "cluster"
+	TypeNodeJoined       = "node.joined"       // NodeJoined, aggregate "node/NAME"
+	TypeNodeRemoved      = "node.removed"      // NodeRemoved, aggregate "node/NAME"
+	TypeJoinTokenMade    = "jointoken.made"    // JoinTokenMade, aggregate "jointoken/ID"
+	TypeJoinTokenUsed    = "jointoken.used"    // JoinTokenUsed, aggregate "jointoken/ID"
+	TypeConfigApplied    = "config.applied"    // ConfigApplied, aggregate "config"
+	TypeApprovalAsked    = "approval.asked"    // ApprovalAsked, aggregate "approval/ID"
+	TypeApprovalVoted    = "approval.voted"    // ApprovalVoted, aggregate "approval/ID"
+	TypeApprovalEnded    = "approval.ended"    // ApprovalEnded, aggregate "approval/ID": used, expired, cancelled
+	TypeRevoked          = "revocation.made"   // Revoked, aggregate "revocation/ID"
+	TypeRevocationUndone = "revocation.undone" // RevocationUndone, aggregate "revocation/ID"
+	TypeRevocationReport = "revocation.report" // RevocationReport, aggregate "revocation/ID"
+)
+
+// Sealed is a secret encrypted (age, X25519) to the cluster's vault key.
+type Sealed []byte
+
+// NodeInfo is a member as all know it.
+type NodeInfo struct {
+	Name      string `json:"name"`
+	Addr      string `json:"addr"`       // host:port, the same port number for TCP and QUIC
+	Role      string `json:"role"`       // "voter"
+	Cert      []byte `json:"cert"`       // DER; its key signs the node's recordings
+	Recipient string `json:"recipient"`  // age recipient of the node
+	VaultWrap []byte `json:"vault_wrap"` // the vault identity, encrypted to Recipient
+}
+
+type ClusterCreated struct {
+	ID             string   `json:"id"`
+	CA             []byte   `json:"ca"`     // DER
+	CAKey          Sealed   `json:"ca_key"` // PKCS#8 DER, sealed to the vault
+	VaultRecipient string   `json:"vault_recipient"`
+	Node           NodeInfo `json:"node"`
+	AdminCertFP    string   `json:"admin_cert_fp"` // SHA-256 hex of the bootstrap administrator's certificate
+}
+
+type NodeJoined struct {
+	Node  NodeInfo `json:"node"`
+	Token string   `json:"token"` // id of the join token it used
+}
+
+type NodeRemoved struct {
+	Name   string `json:"name"`
+	Reason string `json:"reason"`
+}
+
+type JoinTokenMade struct {
+	ID      string    `json:"id"`
+	Hash    []byte    `json:"hash"` // SHA-256 of the secret part
+	Expires time.Time `json:"expires"`
+}
+
+type JoinTokenUsed struct {
+	ID   string `json:"id"`
+	Node string `json:"node"`
+}
+
+// ConfigFile is one file of an applied directory, secrets taken out.
+type ConfigFile struct {
+	Path string `json:"path"` // relative, slashes
+	Data []byte `json:"data"`
+}
+
+// ConfigApplied replaces the whole configuration.
+type ConfigApplied struct {
+	Files   []ConfigFile      `json:"files"`
+	Secrets map[string]Sealed `json:"secrets"` // "target/NAME/admin-password"
+	Digest  string            `json:"digest"`  // SHA-256 hex over files, so that a second apply of the same shows no change
+}
+
+type ApprovalAsked struct {
+	ID       string            `json:"id"`
+	Session  string            `json:"session"`
+	Node     string            `json:"node"`
+	Subject  string            `json:"subject"`
+	Persons  []string          `json:"persons"` // people named in the requester's claims
+	Claims   map[string]any    `json:"claims"`
+	Target   string            `json:"target"`
+	Database string            `json:"database"`
+	Digest   []byte            `json:"digest"` // SHA-256 over everything that decides what will run
+	Text     Sealed            `json:"text"`   // what will run, for the approver to read; at most 64 KiB before sealing
+	Detail   map[string]string `json:"detail"` // role, settings, action list: shown to the approver
+	Rules    []string          `json:"rules"`
+	Groups   []string          `json:"groups"`
+	Count    int               `json:"count"`
+	Expires  time.Time         `json:"expires"`
+	Index    uint64            `json:"index"` // policy index it was held at
+}
+
+type ApprovalVoted struct {
+	ID       string `json:"id"`
+	Approver string `json:"approver"` // subject id
+	Approve  bool   `json:"approve"`
+	Comment  string `json:"comment,omitempty"`
+	Digest   []byte `json:"digest"` // what the approver saw
+	// Proof is the approver's own credential (token, or signed request), sealed:
+	// the node that releases the hold verifies it again itself.
+	Proof Sealed `json:"proof"`
+}
+
+type ApprovalEnded struct {
+	ID     string `json:"id"`
+	How    string `json:"how"` // used, expired, cancelled
+	Reason string `json:"reason,omitempty"`
+}
+
+type Revoked struct {
+	ID      string `json:"id"`
+	Subject string `json:"subject"`
+	Reason  string `json:"reason"`
+}
+
+type RevocationUndone struct {
+	ID     string `json:"id"`
+	Reason string `json:"reason"`
+}
+
+// RevocationReport is the evidence of when a revocation took effect.
+type RevocationReport struct {
+	ID    string       `json:"id"`
+	Index uint64       `json:"index"`
+	Nodes []NodeFenced `json:"nodes"`
+}
+
+// NodeFenced says when a node had stopped everything of a revoked subject.
+type NodeFenced struct {
+	Node     string    `json:"node"`
+	State    string    `json:"state"` // confirmed, unconfirmed
+	At       time.Time `json:"at"`
+	Sessions int       `json:"sessions"` // live sessions it cut
+	Detail   string    `json:"detail,omitempty"`
+}
