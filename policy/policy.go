@@ -20,6 +20,10 @@ const (
 	User     SubjectKind = "User"     // a person
 )
 
+// BootstrapProvider is the Provider of whoever holds the certificate that
+// `sallyport cluster init` made. No configured provider may have this name.
+const BootstrapProvider = "bootstrap"
+
 // Subject is an authenticated caller. It is immutable once made.
 type Subject struct {
 	Kind     SubjectKind
@@ -115,6 +119,10 @@ type Decision struct {
 	// Pair is the index in Request.Pairs of the pair that decided a refusal.
 	Pair        int
 	Obligations Obligations
+	// Volatile says that a rule about one of the actions asks for the time: the
+	// decision must not be cached. Any other is good for as long as Set,
+	// Subject, Pairs and the Context without Now are the same.
+	Volatile bool
 }
 
 // Durability is how safe a command's record must be before it is forwarded.
