@@ -1,0 +1,97 @@
+# Sallyport. `make` alone lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+CACHE      := $(CURDIR)/.cache
+TOOLS      := $(CACHE)/bin
+BIN        := $(CURDIR)/bin/sallyport
+
+# Pinned tools; see docs/HACKING.md on raising them.
+VERSITYGW   := github.com/versity/versitygw/cmd/versitygw@v1.8.0
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+# How long each fuzz target runs: `make fuzz FUZZTIME=10m`.
+FUZZTIME   ?= 30s
+# How long the chaos workloads run: `make chaos CHAOSTIME=10m`.
+CHAOSTIME  ?= 3m
+# Packages that are tested, for `make test PKG=./policy/...`.
+PKG        ?= ./...
+
+export PATH := $(TOOLS):$(PATH)
+# Tests that start processes of the product use this binary, not one of their own.
+with_binary := SALLYPORT_BIN=$(BIN)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: deps
+deps: ## install PostgreSQL with apt where it is missing (root, or sudo, which is shown)
+	@deploy/deps.sh postgresql
+
+.PHONY: test-deps
+test-deps:
+	@deploy/deps.sh postgresql cc
+
+.PHONY: tools
+tools: $(CACHE)/versitygw $(CACHE)/staticcheck ## build the pinned tools that tests and lint need into .cache/bin
+
+# A tool is rebuilt when its pinned version changes: the stamp holds the version.
+define tool
+.PHONY: $(CACHE)/$(1)
+$(CACHE)/$(1):
+	@mkdir -p $(TOOLS)
+	@[ "$$$$(cat $(CACHE)/$(1).version 2>/dev/null)" = "$(2)" ] && [ -x $(TOOLS)/$(1) ] || \
+	  { echo "go install $(2)"; CGO_ENABLED=0 GOBIN=$(TOOLS) go install -trimpath -ldflags='-s -w' $(2) && echo "$(2)" >$(CACHE)/$(1).version; }
+endef
+$(eval $(call tool,versitygw,$(VERSITYGW)))
+$(eval $(call tool,staticcheck,$(STATICCHECK)))
+$(eval $(call tool,govulncheck,$(GOVULNCHECK)))
+
+.PHONY: build
+build: ## build bin/sallyport
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o $(BIN) ./cmd/sallyport
+
+.PHONY: test
+test: test-deps $(CACHE)/versitygw build ## everything, on real PostgreSQL and S3, with the race detector; a brief fuzz at the end
+	go vet ./...
+	$(with_binary) go test -race -timeout 15m -p 2 $(PKG)
+	.ci/fuzz.sh 5s
+
+.PHONY: test-large
+test-large: test-deps $(CACHE)/versitygw build ## what takes long: fuzzing and chaos at length
+	.ci/fuzz.sh 5m
+	$(with_binary) SALLYPORT_CHAOS_TIME=15m go test -race -count=1 -timeout 2h -v ./chaos/...
+
+.PHONY: chaos
+chaos: test-deps build ## kill, pause and partition real processes under load for CHAOSTIME
+	$(with_binary) SALLYPORT_CHAOS_TIME=$(CHAOSTIME) go test -race -count=1 -timeout 2h -v ./chaos/...
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME
+	.ci/fuzz.sh $(FUZZTIME)
+
+.PHONY: lint
+lint: $(CACHE)/staticcheck ## gofmt, vet, staticcheck; govulncheck where its database answers
+	.ci/lint.sh
+
+.PHONY: bench
+bench: deps build ## pgbench direct and through a node: ratio, CPU a transaction, where the time goes
+	$(with_binary) go run ./bench $(BENCHFLAGS)
+
+.PHONY: demo
+demo: deps build ## PostgreSQL and three nodes on loopback, the whole story told, left running until Ctrl-C
+	$(BIN) demo
+
+.PHONY: demo-once
+demo-once: deps build ## the same once, without a terminal; fails if any step is not as it should be
+	$(BIN) demo --once
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf $(CURDIR)/bin $(CACHE) $(CURDIR)/demo-data
