@@ -69,12 +69,12 @@ func (p Problem) String() string {
 // Set is a compiled policy set. It is immutable, but for caches that do not
 // show, and safe for concurrent use.
 type Set struct {
-	rules   []*rule // in order of files, then of their place in the file
-	byID    map[cedar.PolicyID]*rule
-	actions map[Action]*actionIndex
-	claims  []ClaimUse
-	digest  string
-	cache   entityCache
+	rules    []*rule // in order of files, then of their place in the file
+	byID     map[cedar.PolicyID]*rule
+	actions  map[Action]*actionIndex
+	mentions []Mention
+	digest   string
+	cache    entityCache
 }
 
 // rule is one permit or forbid.
@@ -88,6 +88,7 @@ type rule struct {
 	scope    scope
 	uses     uses
 	claims   map[string]claimType // that its conditions read
+	names    []cedar.EntityUID    // entities that it names
 	text     statement
 	faulty   bool // inspect has reported it
 	path     string
@@ -97,16 +98,43 @@ type rule struct {
 	permitted string
 }
 
-// ClaimUse is a place where a rule reads a claim of the principal.
-type ClaimUse struct {
+// MentionKind says what a Mention names.
+type MentionKind string
+
+const (
+	MentionClaim    MentionKind = "claim"    // a claim of the principal
+	MentionTarget   MentionKind = "target"   // the target of a resource
+	MentionProvider MentionKind = "provider" // the identity provider of a principal
+)
+
+// Mention is a rule's mention of something that the rest of the configuration
+// must know: misspelt, the rule would never match, and nobody would see it.
+type Mention struct {
+	Kind MentionKind
 	Name string
 	Path string
 	Line int
 }
 
-// Claims lists the claims that rules read, each with the first place of each
-// rule that does, in order of the rules.
-func (s *Set) Claims() []ClaimUse { return slices.Clone(s.claims) }
+// Mentions lists what rules name, once a rule, in order of the rules.
+func (s *Set) Mentions() []Mention { return slices.Clone(s.mentions) }
+
+// RuleInfo describes a rule for people.
+type RuleInfo struct {
+	ID   string
+	Path string
+	Line int
+	Text string // without what stands before it, as comments
+}
+
+// Rules lists the rules in order of files and places.
+func (s *Set) Rules() []RuleInfo {
+	out := make([]RuleInfo, len(s.rules))
+	for i, r := range s.rules {
+		out[i] = RuleInfo{r.id, r.path, r.line, strings.TrimSpace(r.body())}
+	}
+	return out
+}
 
 // Digest is the SHA-256, in hex, over paths and contents of the files.
 func (s *Set) Digest() string { return s.digest }
@@ -163,7 +191,7 @@ func Compile(files []File) (*Set, []Problem) {
 	if len(s.rules) == 0 && len(problems) == 0 {
 		return nil, []Problem{{Message: "no policy rules: with an empty set everything would be refused; write at least one permit rule in a .cedar file"}}
 	}
-	claims, more := validateRules(s.rules)
+	mentions, more := validateRules(s.rules)
 	problems = append(problems, more...)
 	if len(problems) > 0 {
 		slices.SortStableFunc(problems, func(a, b Problem) int {
@@ -174,7 +202,7 @@ func Compile(files []File) (*Set, []Problem) {
 		})
 		return nil, slices.Compact(problems)
 	}
-	s.claims = claims
+	s.mentions = mentions
 	s.actions = buildIndex(s.rules)
 	s.digest = hex.EncodeToString(hash.Sum(nil))
 	return s, nil
@@ -192,43 +220,58 @@ type statement struct {
 // semicolon is a statement too, unless it is blank.
 func split(data string) []statement {
 	var out []statement
-	line := 1
 	cur := statement{line: 1}
-	start, lineStart, blank := 0, 0, true
-	for i := 0; i < len(data); i++ {
-		switch c := data[i]; {
-		case c == '\n':
-			line++
-			lineStart = i + 1
-		case c == '/' && strings.HasPrefix(data[i:], "//"):
-			for i+1 < len(data) && data[i+1] != '\n' {
-				i++
-			}
-		case c == '"':
-			blank = false
-			for i++; i < len(data) && data[i] != '"'; i++ {
-				if data[i] == '\\' && i+1 < len(data) {
-					i++
-				}
-				if data[i] == '\n' {
-					line++
-					lineStart = i + 1
-				}
-			}
-		case c == ';':
-			cur.text = data[start : i+1]
-			out = append(out, cur)
-			start, blank = i+1, true
-			cur = statement{line: line, col: i + 1 - lineStart}
-		case c != ' ' && c != '\t' && c != '\r':
-			blank = false
+	start, line, lineStart, blank := 0, 1, 0, true
+	for i := 0; i < len(data); {
+		end, space := lexeme(data, i)
+		if n := strings.Count(data[i:end], "\n"); n > 0 {
+			line += n
+			lineStart = i + strings.LastIndexByte(data[i:end], '\n') + 1
 		}
+		blank = blank && space
+		if data[i] == ';' {
+			cur.text = data[start:end]
+			out = append(out, cur)
+			start, blank = end, true
+			cur = statement{line: line, col: end - lineStart}
+		}
+		i = end
 	}
 	if !blank {
 		cur.text = data[start:]
 		out = append(out, cur)
 	}
 	return out
+}
+
+// lexeme says where what begins at data[i] ends, and whether Cedar skips it: a
+// comment, a string, or one byte of anything else. What is not closed ends
+// with the data and is left to the parser to complain about.
+func lexeme(data string, i int) (end int, space bool) {
+	rest := data[i:]
+	switch {
+	case strings.HasPrefix(rest, "//"):
+		if n := strings.IndexByte(rest, '\n'); n >= 0 {
+			return i + n, true
+		}
+		return len(data), true
+	case strings.HasPrefix(rest, "/*"):
+		if n := strings.Index(rest[2:], "*/"); n >= 0 {
+			return i + 2 + n + 2, true
+		}
+		return len(data), false
+	case rest[0] == '"':
+		for n := 1; n < len(rest); n++ {
+			switch rest[n] {
+			case '\\':
+				n++
+			case '"':
+				return i + n + 1, false
+			}
+		}
+		return len(data), false
+	}
+	return i + 1, strings.IndexByte(" \t\r\n", rest[0]) >= 0
 }
 
 func parseFile(f File) (rules []*rule, problems []Problem) {

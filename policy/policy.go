@@ -27,7 +27,7 @@ const BootstrapProvider = "bootstrap"
 // Subject is an authenticated caller. It is immutable once made.
 type Subject struct {
 	Kind     SubjectKind
-	Provider string // name of the identity provider in the configuration; "bootstrap" for the bootstrap certificate
+	Provider string // name of the identity provider in the configuration, or BootstrapProvider
 	Issuer   string // the token's iss; empty for certificates
 	Name     string // the token's sub, or the certificate's common name
 

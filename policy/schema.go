@@ -44,13 +44,11 @@ const (
 // validator would not say well.
 func (r *rule) inspect(st statement) (problems []Problem) {
 	tree := (*ast.Policy)(r.policy.AST())
-	switch p := tree.Principal.(type) {
-	case ast.ScopeTypeEq:
-		r.scope.principal = &p.Entity
-	case ast.ScopeTypeIn:
-		r.scope.principal = &p.Entity
-	case ast.ScopeTypeIsIn:
-		r.scope.principal = &p.Entity
+	r.scope.principal = scopeEntity(tree.Principal)
+	for _, uid := range []*cedar.EntityUID{r.scope.principal, scopeEntity(tree.Resource)} {
+		if uid != nil {
+			r.names = append(r.names, *uid)
+		}
 	}
 	switch a := tree.Action.(type) {
 	case ast.ScopeTypeEq:
@@ -82,6 +80,10 @@ func (r *rule) inspect(st statement) (problems []Problem) {
 		}
 		ast.Inspect(ast.NewNode(cond.Body), func(n ast.IsNode) bool {
 			switch n := n.(type) {
+			case ast.NodeValue:
+				if uid, ok := n.Value.(cedar.EntityUID); ok {
+					r.names = append(r.names, uid)
+				}
 			case ast.NodeTypeVariable:
 				if n.Name == "context" {
 					r.uses |= usesContext
@@ -103,6 +105,19 @@ func (r *rule) inspect(st statement) (problems []Problem) {
 		})
 	}
 	return problems
+}
+
+// scopeEntity is the entity that the scope of a principal or resource names.
+func scopeEntity(n ast.IsScopeNode) *cedar.EntityUID {
+	switch n := n.(type) {
+	case ast.ScopeTypeEq:
+		return &n.Entity
+	case ast.ScopeTypeIn:
+		return &n.Entity
+	case ast.ScopeTypeIsIn:
+		return &n.Entity
+	}
+	return nil
 }
 
 // claimType is the type that rules take a claim to have, found from how they
@@ -231,7 +246,7 @@ func typeOfLiteral(n ast.IsNode) claimType {
 
 // validateRules checks rules against the schema, with the claims that they
 // read as optional attributes.
-func validateRules(rules []*rule) (reads []ClaimUse, problems []Problem) {
+func validateRules(rules []*rule) (mentions []Mention, problems []Problem) {
 	claims := map[string]claimType{}
 	first := map[string]*rule{}
 	for _, r := range rules {
@@ -242,7 +257,7 @@ func validateRules(rules []*rule) (reads []ClaimUse, problems []Problem) {
 		sort.Strings(names)
 		for _, name := range names {
 			t, old := r.claims[name], claims[name]
-			reads = append(reads, ClaimUse{name, r.path, r.lineOf(name)})
+			mentions = append(mentions, Mention{MentionClaim, name, r.path, r.lineOf(name)})
 			switch {
 			case old == claimUnknown:
 				claims[name] = t
@@ -253,6 +268,7 @@ func validateRules(rules []*rule) (reads []ClaimUse, problems []Problem) {
 				problems = append(problems, r.problem(fmt.Sprintf("claim `%s` is used as %s here and as %s by rule %s", name, t, old, first[name].id)))
 			}
 		}
+		mentions = append(mentions, r.mentions()...)
 	}
 
 	var parsed schema.Schema
@@ -276,7 +292,7 @@ func validateRules(rules []*rule) (reads []ClaimUse, problems []Problem) {
 			problems = append(problems, r.problem(msg))
 		}
 	}
-	return reads, problems
+	return mentions, problems
 }
 
 func flatten(err error) []error {
@@ -345,23 +361,47 @@ func (r *rule) problem(msg string) Problem {
 	return p
 }
 
+// mentions lists the targets and providers that r names in entity ids.
+func (r *rule) mentions() []Mention {
+	var out []Mention
+	for _, uid := range r.names {
+		m := Mention{Path: r.path, Line: r.lineOf(string(uid.ID))}
+		id := string(uid.ID)
+		switch ResourceType(uid.Type) {
+		case Target, Database, Schema, Table, Column, Function:
+			m.Kind = MentionTarget
+			m.Name, _, _ = strings.Cut(id, "/")
+		case ResourceType(Workload), ResourceType(User):
+			m.Kind = MentionProvider
+			m.Name, _, _ = strings.Cut(id, "/")
+		default:
+			continue
+		}
+		if !slices.ContainsFunc(out, func(o Mention) bool { return o.Kind == m.Kind && o.Name == m.Name }) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
 // lineOf is the line where word first stands in the rule's text, else the
 // line where the rule begins.
 func (r *rule) lineOf(word string) int {
-	skip := 0 // what comes before the rule itself, as comments
-	for n := r.text.line; n < r.line; n++ {
-		i := strings.IndexByte(r.text.text[skip:], '\n')
-		if i < 0 {
-			break
-		}
-		skip += i + 1
-	}
-	body := r.text.text[skip:]
+	body := r.body()
 	i := strings.Index(body, word)
 	if i < 0 {
 		return r.line
 	}
 	return r.line + strings.Count(body[:i], "\n")
+}
+
+// body is r's text from the line on which it begins.
+func (r *rule) body() string {
+	text := r.text.text
+	for n := r.text.line; n < r.line; n++ {
+		_, text, _ = strings.Cut(text, "\n")
+	}
+	return text
 }
 
 // SchemaText is the Cedar schema that policies are checked against, as text. The
