@@ -1,9 +1,260 @@
 package protocols
 
-import "net"
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
 
-// Session is one client's connection to one target: who, to where, recorded as what.
+	"github.com/sallyport/sallyport/recording"
+)
+
+// Session is one client's connection to one target: who, to where, recorded as
+// what. The listener makes it; Protocol.Serve runs it.
 type Session struct {
+	// Client is the client's connection. Its Read may replay bytes that the
+	// listener peeked at.
 	Client net.Conn
-	Env    *Env
+	// Secured says that the listener has ended TLS already (direct TLS with
+	// the protocol's ALPN): Client is the inside of it.
+	Secured  bool
+	Protocol string // name of the protocol, for policy and record
+	Env      *Env
+
+	access *Access
+	lease  Lease
+	// upstream is the target's connection. It never leaves the Session:
+	// Channel.forward is the only code that writes to it (sole_road_test.go).
+	upstream net.Conn
+
+	// sending is held by whoever writes to the client; it is a channel so that
+	// a cut can stop waiting for it. A holder keeps it until the bytes it wrote
+	// end at a frame boundary.
+	sending chan struct{}
+	// gone is closed when the session is cut or ended.
+	gone   chan struct{}
+	goOnce sync.Once
+	cut    atomic.Pointer[Refusal] // why it was cut; nil when it was not
+
+	// LastWords is the codec's wording of a cut, written to the client as the
+	// last thing it reads; nil writes nothing. Set before Open.
+	LastWords func(why *Refusal) []byte
+
+	lateMu sync.Mutex // guards legs against a cut while they are being set
+	legs   []net.Conn
+}
+
+const (
+	// lastWordsWait is how long a cut waits for a frame boundary and for the
+	// client to take the reason. It is part of the time from revoke to cut-off.
+	lastWordsWait = 200 * time.Millisecond
+	// endWait bounds each step of ending a session: telling the target to
+	// stop, dropping the account.
+	endWait = 10 * time.Second
+)
+
+// Login is what a codec needs to log in upstream with the just-in-time account.
+type Login struct {
+	Conn           net.Conn // not yet secured; lent: the codec returns it, or TLS over it, as Upstream.Conn
+	TLS            *tls.Config
+	User, Password string
+	Role           string // the mapped group role
+}
+
+// Upstream is a connection that is logged in and idle.
+type Upstream struct {
+	Conn    net.Conn
+	Backend uint32 // the target's id of the connection
+}
+
+// Begin takes leave to connect. From here on the node can cut the session.
+func (s *Session) Begin(a *Access) {
+	s.access = a
+	s.init()
+	a.OnCut(func() { s.Cut(s.cutReason()) })
+}
+
+func (s *Session) init() {
+	if s.gone == nil {
+		s.gone = make(chan struct{})
+		s.sending = make(chan struct{}, 1)
+		s.legs = append(s.legs, s.Client)
+	}
+}
+
+func (s *Session) cutReason() *Refusal {
+	err := s.access.Fence.Check()
+	var r *Refusal
+	if errors.As(err, &r) {
+		return r
+	}
+	return &Refusal{Rule: "revoked", Reason: "this session was ended by the gateway"}
+}
+
+// Connect obtains the just-in-time credential, dials the target and lends the
+// connection to login. It keeps what login returns: nothing but Channel writes
+// to it from here on, and nothing at all before the account has lost its LOGIN
+// and password.
+func (s *Session) Connect(ctx context.Context, login func(context.Context, Login) (Upstream, error)) error {
+	lease, err := s.access.Credential(ctx)
+	if err != nil {
+		return fmt.Errorf("credential: %w", err)
+	}
+	s.lease = lease
+	conn, err := lease.Dial(ctx)
+	if err != nil {
+		return fmt.Errorf("dial: %w", err)
+	}
+	if !s.addLeg(conn) {
+		return s.Err()
+	}
+	up, err := login(ctx, Login{Conn: conn, TLS: lease.TLS(), User: lease.User(), Password: lease.Password(), Role: lease.Role()})
+	if err != nil {
+		conn.Close()
+		return fmt.Errorf("login: %w", err)
+	}
+	s.upstream = up.Conn
+	if err := lease.LoggedIn(ctx, up.Backend); err != nil {
+		return fmt.Errorf("close the account: %w", err)
+	}
+	if err := s.access.Fence.Check(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// CancelTarget stops what the target is running for this session.
+func (s *Session) CancelTarget(ctx context.Context) error {
+	if s.lease == nil {
+		return nil
+	}
+	return s.lease.Cancel(ctx)
+}
+
+// addLeg remembers a connection to reset at a cut. It reports false, with the
+// connection closed, when the session was cut already.
+func (s *Session) addLeg(c net.Conn) bool {
+	s.lateMu.Lock()
+	defer s.lateMu.Unlock()
+	select {
+	case <-s.gone:
+		c.Close()
+		return false
+	default:
+	}
+	s.legs = append(s.legs, c)
+	return true
+}
+
+// Err is why the session was cut, or nil.
+func (s *Session) Err() error {
+	if r := s.cut.Load(); r != nil {
+		return r
+	}
+	return nil
+}
+
+// Cut ends the session now: the client reads why, if it is at a frame boundary
+// and takes it within 200 ms, then both connections are reset, so that blocked
+// reads and writes return. Safe to call from any goroutine, more than once.
+func (s *Session) Cut(why *Refusal) {
+	if !s.cut.CompareAndSwap(nil, why) {
+		return
+	}
+	if s.access != nil && s.access.Record != nil {
+		// Before anything waits: a client that does not read must not delay the record.
+		s.access.Record.Append(&recording.Entry{Type: recording.Cut, Rule: why.Rule, Reason: why.Reason})
+	}
+	if s.LastWords != nil {
+		timer := time.NewTimer(lastWordsWait)
+		select {
+		case s.sending <- struct{}{}: // kept: nobody writes after the last words
+			s.Client.SetWriteDeadline(time.Now().Add(lastWordsWait))
+			s.Client.Write(s.LastWords(why))
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+	s.reset()
+}
+
+// reset resets both legs.
+func (s *Session) reset() {
+	s.goOnce.Do(func() { close(s.gone) })
+	s.lateMu.Lock()
+	defer s.lateMu.Unlock()
+	for _, c := range s.legs {
+		abort(c)
+	}
+}
+
+// abort closes c so that what was not sent yet is not sent, and without the
+// wait of a TLS close.
+func abort(c net.Conn) {
+	for {
+		switch inner := c.(type) {
+		case interface{ NetConn() net.Conn }: // *tls.Conn and wrappers of ours
+			c = inner.NetConn()
+			continue
+		case interface{ SetLinger(int) error }:
+			inner.SetLinger(0)
+		}
+		c.Close()
+		return
+	}
+}
+
+// lockClient waits for the right to write to the client. It fails when the
+// session is gone.
+func (s *Session) lockClient() error {
+	select {
+	case s.sending <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case s.sending <- struct{}{}:
+		return nil
+	case <-s.gone:
+		if err := s.Err(); err != nil {
+			return err
+		}
+		return net.ErrClosed
+	}
+}
+
+func (s *Session) unlockClient() { <-s.sending }
+
+// End closes both legs, gives the credential back and completes the
+// registration and the recording. It is the last thing Serve does with a
+// session that Begin was called for. stop says that the target may still be
+// running something that nobody will see the answer of: it is told to stop.
+func (s *Session) End(end recording.Ending, stop bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), endWait)
+	defer cancel()
+	if s.lease != nil && stop {
+		s.lease.Terminate(ctx)
+	}
+	s.goOnce.Do(func() { close(s.gone) })
+	s.lateMu.Lock()
+	legs := s.legs
+	s.lateMu.Unlock()
+	for _, c := range legs {
+		c.Close()
+	}
+	if s.upstream != nil {
+		s.upstream.Close()
+	}
+	if s.lease != nil {
+		if err := s.lease.Release(ctx); err != nil {
+			s.Env.Log.Warn("the just-in-time account was not dropped; the sweeper will", "err", err)
+		}
+	}
+	if s.access != nil {
+		s.access.Close(end)
+	}
 }
