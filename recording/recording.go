@@ -36,6 +36,13 @@ type Header struct {
 	PolicyIndex uint64            `json:"policy_index"`
 	Protection  string            `json:"protection,omitempty"` // which masking mode protects it: "gateway"
 	Labels      map[string]string `json:"labels,omitempty"`
+
+	// The rest is set by the spool at Begin: the node's own chain of
+	// recordings, by which a recording that was deleted shows as a gap.
+	Chain       string `json:"chain"`                  // names the chain: random, made with the spool
+	NodeSeq     uint64 `json:"node_seq"`               // place in the chain, from 1
+	Prev        string `json:"prev,omitempty"`         // SHA-256, hex, of the header object before; "" for the first
+	PrevSession string `json:"prev_session,omitempty"` // its session
 }
 
 // EntryType says what an Entry tells.
