@@ -1,0 +1,383 @@
+// Package fsm turns committed Raft entries into the event store: one Pebble
+// batch for each batch of entries. It decides nothing but order: a proposal's
+// id is new, its aggregate has the expected version. Rules of business were
+// applied by the leader before it proposed.
+//
+// It is deterministic: the same entries give the same bytes on every node and
+// on every replay. So it reads no clock, draws no random number, starts no
+// goroutine and writes nothing in the order of a map. An entry this build
+// cannot judge stops the node; skipping it would part it from the others.
+package fsm
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/raft"
+
+	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/internal/disk"
+)
+
+var (
+	// ErrHalted wraps why the state machine stopped. It applies nothing more
+	// until the node is started again.
+	ErrHalted = errors.New("the event store stopped")
+	// ErrDiverged is the reason when this node's events differ from the
+	// leader's: a defect or a damaged disk. The remedy is to remove the node,
+	// delete its data and let it join again.
+	ErrDiverged = errors.New("this node's events differ from the leader's")
+	// ErrIDReused rejects a batch some of whose ids belong to events already
+	// stored, or to events of another type or aggregate.
+	ErrIDReused = errors.New("event id belongs to another event")
+)
+
+// Conflict rejects a batch because an aggregate is not at the expected version.
+type Conflict struct {
+	Aggregate string
+	Want      uint64 // what the proposal expected
+	Have      uint64 // what it is
+}
+
+func (c *Conflict) Error() string {
+	return fmt.Sprintf("%s is at version %d, not %d", c.Aggregate, c.Have, c.Want)
+}
+
+// Result is the FSM's answer to a command, in raft's ApplyFuture.Response.
+type Result struct {
+	Events []event.Event // in the order of the proposals
+	// Err is a *Conflict or ErrIDReused when the batch was rejected, the same
+	// on every node, and ErrHalted when this node could not apply it, which
+	// says nothing on the others.
+	Err error
+}
+
+// Config is where the state is and who hears of its troubles.
+type Config struct {
+	Dir string
+	FS  vfs.FS // nil means the operating system's
+	Log *slog.Logger
+	// OnFatal hears, once, why this node must stop: divergence, an event this
+	// build does not know, a failed database. It must not block.
+	OnFatal func(error)
+	// Known tells which events can be applied; nil means event.Known.
+	Known func(typ string, version uint32) bool
+}
+
+// FSM is raft's state machine. raft calls Apply, ApplyBatch, Snapshot and
+// Restore from one goroutine; everything else is safe from any.
+type FSM struct {
+	cfg    Config
+	opts   *pebble.Options
+	db     *pebble.DB
+	logger *disk.Logger
+	head   atomic.Pointer[Head] // what readers see: committed to the database
+	halted atomic.Pointer[error]
+
+	changed struct {
+		sync.Mutex
+		c chan struct{} // closed and replaced whenever head moves
+	}
+}
+
+var _ raft.BatchingFSM = (*FSM)(nil)
+
+// memTableSize: a larger one means fewer flushes, a smaller one a shorter
+// replay of Pebble's WAL at start; 32 MiB replays in well under a second.
+const memTableSize = 32 << 20
+
+// Open opens or creates the state in cfg.Dir.
+func Open(cfg Config) (*FSM, error) {
+	if cfg.FS == nil {
+		cfg.FS = vfs.Default
+	}
+	if cfg.Known == nil {
+		cfg.Known = event.Known
+	}
+	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
+	o := disk.Options(cfg.FS, l, memTableSize, 64<<20)
+	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionBalanced })
+	for i := range o.Levels {
+		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10) // most ids asked for are new
+	}
+	db, err := pebble.Open(cfg.Dir, o)
+	if err != nil {
+		return nil, fmt.Errorf("open the event store: %w", err)
+	}
+	f := &FSM{cfg: cfg, opts: o, db: db, logger: l}
+	f.changed.c = make(chan struct{})
+	if err := f.load(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open the event store: %w", err), db.Close())
+	}
+	if err := cfg.FS.RemoveAll(f.restoreDir()); err != nil {
+		return nil, errors.Join(fmt.Errorf("remove a half restored snapshot: %w", err), db.Close())
+	}
+	return f, nil
+}
+
+func (f *FSM) load() error {
+	v, err := get(f.db, keyFormat)
+	if err != nil {
+		return err
+	}
+	h := new(Head)
+	switch {
+	case v == nil:
+		b := f.db.NewBatch()
+		defer b.Close()
+		if err := errors.Join(b.Set(keyFormat, []byte{stateFormat}, nil), b.Set(keyHead, h.marshal(), nil)); err != nil {
+			return err
+		}
+		if err := b.Commit(pebble.Sync); err != nil {
+			return err
+		}
+	case !bytes.Equal(v, []byte{stateFormat}):
+		return fmt.Errorf("the state has format %x and this build knows %d", v, stateFormat)
+	default:
+		if v, err = get(f.db, keyHead); err != nil {
+			return err
+		}
+		if *h, err = unmarshalHead(v); err != nil {
+			return err
+		}
+	}
+	f.publish(h)
+	return nil
+}
+
+// Close closes the database. After a failure of it, it is left as it is.
+func (f *FSM) Close() error {
+	if f.logger.Failed() {
+		return errors.New("the event store's database failed and was left as it is")
+	}
+	if err := f.db.LogData(nil, pebble.Sync); err != nil {
+		return errors.Join(err, f.db.Close())
+	}
+	return f.db.Close()
+}
+
+// Apply is ApplyBatch of one entry.
+func (f *FSM) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch applies committed entries in order, writes them in one batch and
+// lets readers see them. With a batching FSM raft hands over configuration
+// entries here too, not through raft.ConfigurationStore. When one entry cannot
+// be applied nothing of the batch is written: the others are in the log.
+func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
+	results := make([]any, len(logs))
+	b := f.db.NewIndexedBatch()
+	defer b.Close()
+	h := *f.head.Load()
+	err := f.haltedError()
+	for i := 0; i < len(logs) && err == nil; i++ {
+		l := logs[i]
+		if l.Index <= h.Applied {
+			continue // replayed by raft after a restart; nobody waits for it
+		}
+		if l.Type == raft.LogCommand { // a configuration only moves the head
+			if results[i], err = f.applyCommand(b, &h, l); err != nil {
+				f.halt(fmt.Errorf("log entry %d of term %d: %w", l.Index, l.Term, err))
+			}
+		}
+		h.Applied, h.Term = l.Index, l.Term
+	}
+	if err == nil && h.Applied > f.head.Load().Applied {
+		err = f.commit(b, &h)
+	}
+	if err != nil {
+		for i := range results {
+			results[i] = Result{Err: f.haltedError()}
+		}
+	}
+	return results
+}
+
+// commit does not sync: raft's log has these entries, synced, until a
+// snapshot, and a snapshot syncs the state first.
+func (f *FSM) commit(b *pebble.Batch, h *Head) error {
+	err := b.Set(keyHead, h.marshal(), nil)
+	if err == nil {
+		err = b.Commit(pebble.NoSync)
+	}
+	if err != nil {
+		f.halt(fmt.Errorf("write log entries up to %d: %w", h.Applied, err))
+		return err
+	}
+	f.publish(h)
+	return nil
+}
+
+// applyCommand writes a command's events into b and moves h. An error means
+// that this node must stop and b be thrown away; a rejection is in the result
+// and writes nothing.
+func (f *FSM) applyCommand(b *pebble.Batch, h *Head, l *raft.Log) (Result, error) {
+	c, err := unmarshalCommand(l.Data)
+	if err != nil {
+		return Result{}, err
+	}
+	if err := checkChain(b, h, &c); err != nil {
+		return Result{}, err
+	}
+	ps := make([]event.Proposal, len(c.Proposals))
+	for i, raw := range c.Proposals {
+		if ps[i], err = event.UnmarshalProposal(raw); err != nil {
+			return Result{}, err
+		}
+		if !f.cfg.Known(ps[i].Type, ps[i].Version) {
+			return Result{}, fmt.Errorf("%w: %q version %d; run a newer build", event.ErrUnknownType, ps[i].Type, ps[i].Version)
+		}
+	}
+	earlier, rejected, err := findEarlier(b, ps)
+	if err != nil || rejected != nil || earlier != nil {
+		return Result{Events: earlier, Err: rejected}, err
+	}
+	versions, rejected, err := nextVersions(b, ps)
+	if err != nil || rejected != nil {
+		return Result{Err: rejected}, err
+	}
+
+	events := make([]event.Event, len(ps))
+	first := h.Seq + 1
+	for i, p := range ps {
+		h.Seq++
+		h.Index = l.Index
+		h.Time = max(c.TimeNanos, h.Time+1)
+		e := event.Event{
+			Proposal:         p,
+			Seq:              h.Seq,
+			Index:            l.Index,
+			Sub:              uint32(i),
+			Term:             l.Term,
+			Time:             event.Time(h.Time),
+			AggregateVersion: versions[i],
+		}
+		envelope := event.MarshalEnvelope(&e, c.Proposals[i])
+		h.Chain = event.Chain(h.Chain, envelope)
+		e.Chain = h.Chain
+		events[i] = e
+		seq := binary.BigEndian.AppendUint64(nil, h.Seq)
+		err := errors.Join(
+			b.Set(eventKey(h.Seq), append(h.Chain[:len(h.Chain):len(h.Chain)], envelope...), nil),
+			b.Set(prefixed(prefixID, p.ID[:]), seq, nil),
+			b.Set(prefixed(prefixAggregate, []byte(p.Aggregate)), binary.BigEndian.AppendUint64(nil, versions[i]), nil),
+		)
+		if err != nil {
+			return Result{}, err
+		}
+	}
+	at := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, first), uint32(len(ps)))
+	if err := b.Set(indexKey(l.Index), at, nil); err != nil {
+		return Result{}, err
+	}
+	return Result{Events: events}, nil
+}
+
+// checkChain compares our history with the leader's, as it was when it
+// proposed the command. Those events are committed and precede the command, so
+// this node has them.
+func checkChain(r pebble.Reader, h *Head, c *Command) error {
+	var ours [32]byte
+	switch {
+	case c.Seq > h.Seq:
+		return fmt.Errorf("%w: the leader had event %d and we have only %d", ErrDiverged, c.Seq, h.Seq)
+	case c.Seq == h.Seq:
+		ours = h.Chain
+	case c.Seq > 0:
+		v, err := get(r, eventKey(c.Seq))
+		if err != nil {
+			return err
+		}
+		if copy(ours[:], v) != len(ours) {
+			return fmt.Errorf("%w: event %d is missing", ErrDiverged, c.Seq)
+		}
+	}
+	if ours != c.Chain {
+		return fmt.Errorf("%w: at event %d the chain is %x here and %x there", ErrDiverged, c.Seq, ours, c.Chain)
+	}
+	return nil
+}
+
+// findEarlier looks for events with the proposals' ids. All found, of the same
+// type and aggregate, in the same order: the batch was stored before, and its
+// events are the answer. None found: nil. All else is a rejection.
+func findEarlier(r pebble.Reader, ps []event.Proposal) (earlier []event.Event, rejected, err error) {
+	for i := range ps {
+		for j := range i {
+			if ps[i].ID == ps[j].ID {
+				return nil, fmt.Errorf("%w: %s is twice in a batch", ErrIDReused, ps[i].ID), nil
+			}
+		}
+		e, ok, err := byID(r, ps[i].ID)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !ok {
+			continue
+		}
+		if len(earlier) != i || e.Type != ps[i].Type || e.Aggregate != ps[i].Aggregate {
+			return nil, fmt.Errorf("%w: %s is event %d", ErrIDReused, ps[i].ID, e.Seq), nil
+		}
+		earlier = append(earlier, e)
+	}
+	if len(earlier) > 0 && len(earlier) != len(ps) {
+		return nil, fmt.Errorf("%w: %d of %d are stored", ErrIDReused, len(earlier), len(ps)), nil
+	}
+	return earlier, nil, nil
+}
+
+// nextVersions checks each proposal's expected version, counting those before
+// it in the batch, and returns the aggregates' versions after each.
+func nextVersions(r pebble.Reader, ps []event.Proposal) (versions []uint64, rejected, err error) {
+	versions = make([]uint64, len(ps))
+	now := make(map[string]uint64, len(ps))
+	for i, p := range ps {
+		have, ok := now[p.Aggregate]
+		if !ok {
+			if have, err = version(r, p.Aggregate); err != nil {
+				return nil, nil, err
+			}
+		}
+		if p.Expect != event.Any && p.Expect != have {
+			return nil, &Conflict{Aggregate: p.Aggregate, Want: p.Expect, Have: have}, nil
+		}
+		now[p.Aggregate] = have + 1
+		versions[i] = have + 1
+	}
+	return versions, nil, nil
+}
+
+// halt stops the state machine for good.
+func (f *FSM) halt(err error) {
+	err = fmt.Errorf("%w: %w", ErrHalted, err)
+	if !f.halted.CompareAndSwap(nil, &err) {
+		return
+	}
+	f.cfg.Log.Error("the event store stops; this node must stop", "error", err)
+	if f.cfg.OnFatal != nil {
+		f.cfg.OnFatal(err)
+	}
+}
+
+func (f *FSM) haltedError() error {
+	if p := f.halted.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// publish lets readers see h, which is in the database, and wakes them.
+func (f *FSM) publish(h *Head) {
+	f.head.Store(h)
+	f.changed.Lock()
+	defer f.changed.Unlock()
+	close(f.changed.c)
+	f.changed.c = make(chan struct{})
+}

@@ -1,0 +1,74 @@
+package fsm
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// Keys of the state. The first byte tells the family; numbers are big-endian
+// in keys, so that they sort.
+//
+//	E be64(seq)    event: chain, 32 bytes, then the envelope
+//	I id           be64 seq of the event with that idempotency id
+//	M format       1
+//	M head         see head
+//	V aggregate    be64 version
+//	X be64(index)  be64 first seq, be32 number of events of that log entry
+const (
+	prefixEvent     = 'E'
+	prefixID        = 'I'
+	prefixAggregate = 'V'
+	prefixIndex     = 'X'
+
+	stateFormat = 1
+)
+
+var (
+	keyFormat = []byte("Mformat")
+	keyHead   = []byte("Mhead")
+)
+
+func eventKey(seq uint64) []byte {
+	return binary.BigEndian.AppendUint64(append(make([]byte, 0, 9), prefixEvent), seq)
+}
+
+func indexKey(index uint64) []byte {
+	return binary.BigEndian.AppendUint64(append(make([]byte, 0, 9), prefixIndex), index)
+}
+
+func prefixed(p byte, s []byte) []byte { return append(append(make([]byte, 0, 1+len(s)), p), s...) }
+
+// Head is where the state stands.
+type Head struct {
+	Applied uint64 // Raft index of the newest entry applied; no-ops and barriers do not move it
+	Term    uint64 // and its term
+	Seq     uint64 // newest event, 0 for none
+	Index   uint64 // and its Raft index
+	Time    int64  // and its time, ns since 1970 UTC
+	Chain   [32]byte
+}
+
+const headSize = 5*8 + 32
+
+func (h *Head) marshal() []byte {
+	b := make([]byte, 0, headSize)
+	for _, v := range []uint64{h.Applied, h.Term, h.Seq, h.Index, uint64(h.Time)} {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	return append(b, h.Chain[:]...)
+}
+
+func unmarshalHead(b []byte) (Head, error) {
+	if len(b) != headSize {
+		return Head{}, fmt.Errorf("the state's head has %d bytes, want %d", len(b), headSize)
+	}
+	h := Head{
+		Applied: binary.BigEndian.Uint64(b),
+		Term:    binary.BigEndian.Uint64(b[8:]),
+		Seq:     binary.BigEndian.Uint64(b[16:]),
+		Index:   binary.BigEndian.Uint64(b[24:]),
+		Time:    int64(binary.BigEndian.Uint64(b[32:])),
+	}
+	copy(h.Chain[:], b[40:])
+	return h, nil
+}

@@ -1,0 +1,68 @@
+// Package disk holds what our two Pebble instances, the Raft log and the
+// state, have in common.
+package disk
+
+import (
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Logger is Pebble's logger. Pebble calls Fatalf when it can no longer keep
+// its promises (a failed WAL write, a corrupt table) and relies on it not to
+// come back: db.go would go on and report the failed commit as done. The
+// library's own ends the process; ours tells the owner, who can let sessions
+// end first, and then never returns to the caller. Whatever waits for that
+// write waits for ever, so nothing is acknowledged that is not stored.
+type Logger struct {
+	Log     *slog.Logger
+	OnFatal func(error) // called once, from Pebble's goroutine; must not block
+
+	failed atomic.Bool
+}
+
+// Infof drops what Pebble tells of its everyday work: flushes, compactions.
+func (l *Logger) Infof(format string, args ...any) {}
+
+// Errorf logs.
+func (l *Logger) Errorf(format string, args ...any) {
+	l.Log.Error("pebble: " + fmt.Sprintf(format, args...))
+}
+
+// Fatalf reports and parks the calling goroutine for ever.
+func (l *Logger) Fatalf(format string, args ...any) {
+	err := fmt.Errorf("pebble: "+format, args...)
+	if l.failed.CompareAndSwap(false, true) {
+		l.Log.Error("the database cannot go on; this node must stop", "error", err)
+		if l.OnFatal != nil {
+			l.OnFatal(err)
+		}
+	}
+	select {}
+}
+
+// Failed tells whether Fatalf was called. The database must not be closed
+// then: Close would wait for the parked goroutine.
+func (l *Logger) Failed() bool { return l.failed.Load() }
+
+// Options are Pebble's, as both instances use them. memTableSize is in bytes.
+func Options(fs vfs.FS, l *Logger, memTableSize uint64, cacheSize int64) *pebble.Options {
+	o := &pebble.Options{
+		FS:     fs,
+		Logger: l,
+		// The default for a new database is the oldest supported version.
+		FormatMajorVersion: pebble.FormatNewest,
+		CacheSize:          cacheSize,
+		MemTableSize:       memTableSize,
+		// A write stop stalls Raft, and a stalled Raft is an election: leave
+		// room for four memtables and never stop for L0 files.
+		MemTableStopWritesThreshold: 4,
+		L0CompactionThreshold:       4,
+		L0StopWritesThreshold:       1000,
+		MaxOpenFiles:                256,
+	}
+	return o
+}

@@ -1,0 +1,529 @@
+// Package raftstore is the cluster's event store: events are appended at the
+// leader, in order, all or nothing and once, and read on every node. It hides
+// Raft and Pebble; their types do not leave it.
+//
+// It knows what an event is and nothing of what it means: who may append what
+// is decided before Append. See DESIGN.md for the stored formats and why it is
+// built as it is.
+package raftstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+
+	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/fsm"
+	"github.com/sallyport/sallyport/raftstore/logstore"
+	"github.com/sallyport/sallyport/raftstore/transport"
+)
+
+var (
+	// ErrNoLeader says that no leader is known now; nothing was appended.
+	ErrNoLeader = errors.New("the cluster has no leader now")
+	// ErrUnknownOutcome says that the events may be stored or not, or be
+	// stored later: leadership or patience was lost on the way. Append the same
+	// proposals, with the same ids, again: they are stored once.
+	ErrUnknownOutcome = errors.New("it is not known whether the events were stored")
+	// ErrBusy says that too much waits already; nothing was appended.
+	ErrBusy = errors.New("the event store is busy")
+	// ErrClosed says that the store was closed.
+	ErrClosed = errors.New("the event store is closed")
+	// ErrIDReused rejects proposals some of whose ids belong to other events.
+	ErrIDReused = fsm.ErrIDReused
+	// ErrDiverged is the fatal reason of a node whose events differ from the leader's.
+	ErrDiverged = fsm.ErrDiverged
+	// ErrNotFresh refuses to bootstrap a store that has state.
+	ErrNotFresh = errors.New("the event store is not empty")
+)
+
+// NotLeaderError tells who the leader is. Nothing was appended.
+type NotLeaderError struct{ ID, Addr string }
+
+func (e *NotLeaderError) Error() string {
+	return fmt.Sprintf("not the leader, which is %s at %s", e.ID, e.Addr)
+}
+
+// ConflictError rejects proposals because an aggregate is not at the expected
+// version. Nothing was appended.
+type ConflictError = fsm.Conflict
+
+const (
+	defaultHeartbeat = 500 * time.Millisecond
+	// maxPending bounds the Appends that wait: each may hold MaxCommand.
+	maxPending = 1024
+	// enqueueTimeout is how long raft may take to look at an Append.
+	enqueueTimeout = 10 * time.Second
+	// maxAppendEntries is also the number of entries in one state batch.
+	maxAppendEntries  = 256
+	logCacheEntries   = 512
+	snapshotInterval  = 120 * time.Second
+	snapshotThreshold = 16384
+	trailingLogs      = 20480
+	// strangerGrace times the heartbeat timeout is how long a node must have
+	// been without a leader to listen to one it does not know: see admit.
+	strangerGrace = 10
+)
+
+// Config is what a Store needs.
+type Config struct {
+	Dir      string              // created if missing; one Store at a time
+	NodeID   string              // the name in this node's certificate
+	Addr     string              // advertised host:port of the Endpoint
+	Endpoint *transport.Endpoint // not closed by the Store
+	// HeartbeatTimeout is after how long without a leader an election starts;
+	// a new leader is there within three times of it. Default 500 ms.
+	HeartbeatTimeout time.Duration
+	Log              *slog.Logger // default: none
+	// OnFatal hears, once and on its own goroutine, that this node must stop:
+	// its events differ from the leader's, there is an event this build does
+	// not know, or a disk failed. The Store takes no part in Raft from then on.
+	OnFatal func(error)
+
+	// SnapshotInterval, SnapshotThreshold and TrailingLogs are raft's: how often
+	// to look whether a snapshot is due, after how many entries it is, and how
+	// many entries are kept for followers that are behind. Zero means the
+	// defaults: 120 s, 16384, 20480.
+	SnapshotInterval                time.Duration
+	SnapshotThreshold, TrailingLogs uint64
+}
+
+// Store is one node's event store. Safe for concurrent use.
+type Store struct {
+	cfg   Config
+	log   *slog.Logger
+	state *fsm.FSM
+	logs  *logstore.Store
+	trans *transport.Raft
+	raft  atomic.Pointer[raft.Raft] // nil until Open has started it
+
+	opened  time.Time
+	pending chan struct{} // a token for each waiting Append
+	leader  chan struct{} // LeaderChanges
+	notify  chan bool     // raft's NotifyCh
+	done    chan struct{} // closed by Close
+	wg      sync.WaitGroup
+
+	fatal struct {
+		once sync.Once
+		c    chan struct{} // closed when err is set
+		err  error
+	}
+	stop struct {
+		sync.Once
+		future raft.Future
+	}
+	use struct {
+		sync.RWMutex // held for reading while the databases are used
+		closed       bool
+	}
+}
+
+// Open opens what is in cfg.Dir, or an empty store, and starts Raft. An empty
+// store waits for Bootstrap, or for a leader that adds it.
+func Open(cfg Config) (_ *Store, err error) {
+	if cfg.Dir == "" || cfg.NodeID == "" || cfg.Addr == "" || cfg.Endpoint == nil {
+		return nil, errors.New("raftstore.Open: incomplete configuration")
+	}
+	setDefaults(&cfg)
+	s := &Store{
+		cfg:     cfg,
+		log:     cfg.Log,
+		opened:  time.Now(),
+		pending: make(chan struct{}, maxPending),
+		leader:  make(chan struct{}, 1),
+		notify:  make(chan bool),
+		done:    make(chan struct{}),
+	}
+	s.fatal.c = make(chan struct{})
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open the event store: %w", err)
+	}
+	s.state, err = fsm.Open(fsm.Config{Dir: filepath.Join(cfg.Dir, "state"), Log: s.log, OnFatal: s.fail})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.state.Close())
+		}
+	}()
+	s.logs, err = logstore.Open(logstore.Config{
+		Dir: filepath.Join(cfg.Dir, "log"), Log: s.log, OnFatal: s.fail,
+		Committed: func() uint64 { return s.state.Head().Applied },
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.logs.Close())
+		}
+	}()
+	if err = s.start(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func setDefaults(cfg *Config) {
+	if cfg.HeartbeatTimeout == 0 {
+		cfg.HeartbeatTimeout = defaultHeartbeat
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.SnapshotInterval == 0 {
+		cfg.SnapshotInterval = snapshotInterval
+	}
+	if cfg.SnapshotThreshold == 0 {
+		cfg.SnapshotThreshold = snapshotThreshold
+	}
+	if cfg.TrailingLogs == 0 {
+		cfg.TrailingLogs = trailingLogs
+	}
+}
+
+func (s *Store) start() error {
+	hlog := newRaftLogger(s.log)
+	logs, err := raft.NewLogCache(logCacheEntries, s.logs)
+	if err != nil {
+		return err
+	}
+	snaps, err := newSnapshotStore(s.cfg.Dir, hlog, logs, s.fail)
+	if err != nil {
+		return err
+	}
+	if err := catchUp(s.state, s.logs, snaps); err != nil {
+		return err
+	}
+	s.trans = transport.NewRaft(transport.RaftConfig{
+		Endpoint: s.cfg.Endpoint, Addr: s.cfg.Addr, Log: hlog, LogBusy: s.logs.Busy, Admit: s.admit,
+	})
+	s.wg.Go(s.watchLeadership)
+	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, logs, s.logs, snaps, s.trans)
+	if err != nil {
+		return errors.Join(fmt.Errorf("start raft: %w", err), s.leave())
+	}
+	s.trans.SetRaft(r)
+	s.raft.Store(r)
+	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
+		if _, ok := o.Data.(raft.LeaderObservation); ok {
+			s.leaderChanged()
+		}
+		return false // nothing goes through the observer's channel
+	}))
+	s.leaderChanged()               // for what happened before the observer was there
+	if err := s.Err(); err != nil { // fail found no raft to stop
+		return errors.Join(err, s.leave())
+	}
+	return nil
+}
+
+func (s *Store) raftConfig(hlog hclog.Logger) *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(s.cfg.NodeID)
+	c.HeartbeatTimeout = s.cfg.HeartbeatTimeout
+	c.ElectionTimeout = s.cfg.HeartbeatTimeout
+	c.LeaderLeaseTimeout = s.cfg.HeartbeatTimeout
+	c.CommitTimeout = 5 * time.Millisecond // how long followers wait to hear of a commit
+	c.MaxAppendEntries = maxAppendEntries
+	c.BatchApplyCh = true
+	c.ShutdownOnRemove = false
+	c.SnapshotInterval = s.cfg.SnapshotInterval
+	c.SnapshotThreshold = s.cfg.SnapshotThreshold
+	c.TrailingLogs = s.cfg.TrailingLogs
+	c.NoSnapshotRestoreOnStart = true // catchUp did what is needed
+	c.NotifyCh = s.notify
+	c.Logger = hlog
+	return c
+}
+
+// admit says whether a peer may call us: a voter of the configuration we know.
+//
+// What we know may be old. A node that joins learns the past configurations
+// one after the other, from a leader that is in none of them: while we are not
+// in the configuration ourselves, we listen to everyone the Endpoint's
+// Authorize let in. And a node that was down while all others were replaced
+// knows none of the living: after strangerGrace without any leader, we listen
+// too. A healthy node never does.
+func (s *Store) admit(peer string) error {
+	r := s.raft.Load()
+	if r == nil {
+		return errors.New("starting")
+	}
+	member := false
+	for _, v := range r.GetConfiguration().Configuration().Servers {
+		if string(v.ID) == peer && v.Suffrage == raft.Voter {
+			return nil
+		}
+		member = member || string(v.ID) == s.cfg.NodeID
+	}
+	if !member {
+		return nil
+	}
+	contact := r.LastContact()
+	if contact.Before(s.opened) {
+		contact = s.opened
+	}
+	if r.State() != raft.Leader && time.Since(contact) > strangerGrace*s.cfg.HeartbeatTimeout {
+		return nil
+	}
+	return fmt.Errorf("%q is not a voter", peer)
+}
+
+// Bootstrap makes an empty store a cluster with this node as its one voter.
+// It returns ErrNotFresh when there is state. Exactly one node of a cluster is
+// bootstrapped, once.
+func (s *Store) Bootstrap() error {
+	err := s.raft.Load().BootstrapCluster(raft.Configuration{Servers: []raft.Server{{
+		ID: raft.ServerID(s.cfg.NodeID), Address: raft.ServerAddress(s.cfg.Addr),
+	}}}).Error()
+	if errors.Is(err, raft.ErrCantBootstrap) {
+		return ErrNotFresh
+	}
+	return err
+}
+
+// Append stores proposals as events, together and in order or not at all, and
+// returns them. Only the leader can. If all ids are stored already, the events
+// they became are returned and nothing is appended.
+//
+// Errors: *NotLeaderError, ErrNoLeader, *ConflictError, ErrIDReused, ErrBusy,
+// event.ErrInvalid and event.ErrUnknownType say that nothing was appended.
+// After ErrUnknownOutcome, or any other, append the same again.
+func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Event, error) {
+	if err := s.Err(); err != nil {
+		return nil, err
+	}
+	r := s.raft.Load()
+	if r.State() != raft.Leader {
+		return nil, s.notLeader()
+	}
+	head := s.state.Head()
+	c := fsm.Command{TimeNanos: time.Now().UnixNano(), Seq: head.Seq, Chain: head.Chain, Proposals: make([][]byte, len(batch))}
+	for i := range batch {
+		err := batch[i].Validate()
+		if err == nil {
+			c.Proposals[i], err = batch[i].Marshal()
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	b, err := c.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", event.ErrInvalid, err)
+	}
+	var f raft.ApplyFuture
+	err = s.await(ctx, func() raft.Future {
+		f = r.Apply(b, enqueueTimeout)
+		return f
+	})
+	if err != nil {
+		return nil, err
+	}
+	res, ok := f.Response().(fsm.Result)
+	switch {
+	case !ok:
+		return nil, ErrUnknownOutcome
+	case errors.Is(res.Err, fsm.ErrHalted):
+		return nil, fmt.Errorf("%w: %w", ErrUnknownOutcome, res.Err)
+	}
+	return res.Events, res.Err
+}
+
+// await runs a call of raft and waits for its future or ctx. A call ctx ended
+// goes on alone; its token stays taken until raft answers.
+func (s *Store) await(ctx context.Context, call func() raft.Future) error {
+	select {
+	case s.pending <- struct{}{}:
+	default:
+		return ErrBusy
+	}
+	answer := make(chan error, 1)
+	end, err := s.begin() // Close waits for wg
+	if err != nil {
+		<-s.pending
+		return err
+	}
+	s.wg.Go(func() {
+		err := call().Error()
+		<-s.pending
+		answer <- err
+	})
+	end()
+	select {
+	case err := <-answer:
+		return s.outcome(err)
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))
+	case <-s.fatal.c:
+		return fmt.Errorf("%w: %w", ErrUnknownOutcome, s.fatal.err)
+	case <-s.done:
+		return fmt.Errorf("%w: %w", ErrUnknownOutcome, ErrClosed)
+	}
+}
+
+// outcome translates raft's errors. Those raft gives before it takes an entry
+// into its log are certain, all others are not.
+func (s *Store) outcome(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, raft.ErrNotLeader):
+		return s.notLeader()
+	case errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		return ErrNoLeader
+	case errors.Is(err, raft.ErrEnqueueTimeout):
+		return ErrBusy
+	}
+	return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+}
+
+func (s *Store) notLeader() error {
+	id, addr := s.Leader()
+	if id == "" || id == s.cfg.NodeID { // leadership comes or goes this moment
+		return ErrNoLeader
+	}
+	return &NotLeaderError{ID: id, Addr: addr}
+}
+
+// Barrier returns when this node, the leader, has applied everything that was
+// committed before the call, by any leader. It is one entry in the log.
+func (s *Store) Barrier(ctx context.Context) error {
+	r := s.raft.Load()
+	return s.await(ctx, func() raft.Future { return r.Barrier(enqueueTimeout) })
+}
+
+// AddVoter adds a node, or changes its address. Leader only. The node's store
+// must be open and empty, or one that was a member before.
+func (s *Store) AddVoter(ctx context.Context, id, addr string) error {
+	r := s.raft.Load()
+	return s.await(ctx, func() raft.Future {
+		return r.AddVoter(raft.ServerID(id), raft.ServerAddress(addr), 0, enqueueTimeout)
+	})
+}
+
+// Remove removes a node. Leader only. The node itself may never hear of it;
+// what makes it powerless is that the Endpoint's Authorize refuses it.
+func (s *Store) Remove(ctx context.Context, id string) error {
+	r := s.raft.Load()
+	return s.await(ctx, func() raft.Future {
+		return r.RemoveServer(raft.ServerID(id), 0, enqueueTimeout)
+	})
+}
+
+// TransferLeadership makes the most advanced other voter the leader. Leader only.
+func (s *Store) TransferLeadership(ctx context.Context) error {
+	r := s.raft.Load()
+	return s.await(ctx, func() raft.Future { return r.LeadershipTransfer() })
+}
+
+// Snapshot takes a snapshot now, whatever the threshold, and shortens the log.
+func (s *Store) Snapshot(ctx context.Context) error {
+	r := s.raft.Load()
+	err := s.await(ctx, func() raft.Future { return r.Snapshot() })
+	if errors.Is(err, raft.ErrNothingNewToSnapshot) {
+		return nil
+	}
+	return err
+}
+
+// fail stops this node's part in Raft and tells the owner, once.
+func (s *Store) fail(err error) {
+	s.fatal.once.Do(func() {
+		s.fatal.err = err
+		close(s.fatal.c)
+		s.shutdown() // not waited for: we may be on one of raft's goroutines
+		if s.cfg.OnFatal != nil {
+			go s.cfg.OnFatal(err)
+		}
+	})
+}
+
+// Err is why this node had to stop, or nil.
+func (s *Store) Err() error {
+	select {
+	case <-s.fatal.c:
+		return s.fatal.err
+	default:
+		return nil
+	}
+}
+
+// closeTimeout bounds how long a failed disk can hold up Close.
+const closeTimeout = 5 * time.Second
+
+// Close hands leadership to another voter if this node has it, leaves Raft and
+// closes the databases. After a fatal error it may leave them as they are.
+func (s *Store) Close() error {
+	r := s.raft.Load()
+	if r.State() == raft.Leader && s.otherVoters() {
+		ctx, cancel := context.WithTimeout(context.Background(), 4*s.cfg.HeartbeatTimeout)
+		if err := s.TransferLeadership(ctx); err != nil {
+			s.log.Warn("leadership was not handed over", "error", err)
+		}
+		cancel()
+	}
+	s.use.Lock()
+	defer s.use.Unlock()
+	if s.use.closed {
+		return nil
+	}
+	s.use.closed = true
+
+	stopped := make(chan error, 1)
+	go func() { stopped <- s.leave() }()
+	var patience <-chan time.Time
+	if s.Err() != nil {
+		patience = time.After(closeTimeout)
+	}
+	select {
+	case err := <-stopped:
+		return errors.Join(err, s.logs.Close(), s.state.Close())
+	case <-patience:
+		return fmt.Errorf("the event store's disk hangs: %w", s.Err())
+	}
+}
+
+// leave ends this node's part in Raft and waits for all that uses the databases.
+func (s *Store) leave() error {
+	close(s.done)
+	var err error
+	if f := s.shutdown(); f != nil {
+		err = f.Error()
+	}
+	err = errors.Join(err, s.trans.Close())
+	s.wg.Wait()
+	return err
+}
+
+// shutdown tells raft to stop, once; its future waits. It is nil while there
+// is no raft.
+func (s *Store) shutdown() raft.Future {
+	r := s.raft.Load()
+	if r == nil {
+		return nil
+	}
+	s.stop.Do(func() { s.stop.future = r.Shutdown() })
+	return s.stop.future
+}
+
+func (s *Store) otherVoters() bool {
+	for _, v := range s.raft.Load().GetConfiguration().Configuration().Servers {
+		if v.Suffrage == raft.Voter && string(v.ID) != s.cfg.NodeID {
+			return true
+		}
+	}
+	return false
+}
