@@ -496,6 +496,17 @@ func (s *Server) CreateDatabase(t TB) string {
 	return name
 }
 
+// PID is the process id of the postmaster, the parent of all of the server's
+// processes.
+func (s *Server) PID() (int, error) {
+	b, err := os.ReadFile(filepath.Join(s.DataDir, "postmaster.pid"))
+	if err != nil {
+		return 0, err
+	}
+	first, _, _ := strings.Cut(string(b), "\n")
+	return strconv.Atoi(first)
+}
+
 // Log returns what the server has logged so far.
 func (s *Server) Log() (string, error) {
 	b, err := os.ReadFile(s.LogFile)
