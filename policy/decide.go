@@ -182,7 +182,8 @@ func (s *Set) Decide(r *Request) Decision {
 		pair := r.Pairs[d.Pair]
 		d.Effect, d.Rule = Hold, firstHold.id
 		d.Obligations.Approval = approval
-		d.Reason = fmt.Sprintf("%s on %s needs approval by %d of group %s (rule %s)", pair.Action, pair.Resource, approval.Count, strings.Join(approval.Groups, " and "), firstHold.id)
+		d.Reason = fmt.Sprintf("%s on %s needs the approval of %d in group %s (rule %s)", pair.Action, pair.Resource,
+			approval.Count, strings.Join(approval.Groups, " and "), strings.Join(approval.Rules, " and "))
 		if firstHold.reason != "" {
 			d.Reason += ": " + firstHold.reason
 		}
@@ -231,23 +232,21 @@ func errorOf(errs []cedar.DiagnosticError, id string) string {
 func (s *Set) unpermitted(r *Request, info *ActionInfo, pair Pair) string {
 	what := string(info.Name)
 	if len(info.Groups) > 0 {
-		what += " (or its group " + info.Groups[0] + ")"
+		what += ", or for its group " + info.Groups[0] + ","
 	}
-	whom := "it"
+	groups := "in no group"
 	if n := len(r.Subject.Groups); n > 0 {
 		shown := make([]string, 0, 5)
 		for _, g := range r.Subject.Groups[:min(n, 5)] {
 			shown = append(shown, quote(g))
 		}
-		whom = "one of its groups " + strings.Join(shown, ", ")
+		groups = "in " + strings.Join(shown, ", ")
 		if n > 5 {
-			whom += " …"
+			groups += " …"
 		}
-	} else {
-		whom += ", which is in no group"
 	}
-	return fmt.Sprintf("no rule permits %s on %s for %s; if it should, ask for a permit rule for action %s on this resource for %s",
-		info.Name, pair.Resource, quote(r.Subject.ID()), what, whom)
+	return fmt.Sprintf("no rule permits %s on %s for %s (%s); if it should be, ask an administrator for a permit rule for action %s on it",
+		info.Name, pair.Resource, quote(r.Subject.ID()), groups, what)
 }
 
 // with is the stricter of both: all rules and groups, the most approvers, the

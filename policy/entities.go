@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -186,8 +187,11 @@ func contextRecord(c *Context) cedar.Record {
 		"protocol":      cedar.String(c.Protocol),
 		"inTransaction": cedar.Boolean(c.InTransaction),
 	}
-	if ip, err := types.ParseIPAddr(c.ClientAddr); err == nil {
-		m["client"] = ip
+	// An IPv4 address that came in over an IPv6 socket is compared as IPv4.
+	if addr, err := netip.ParseAddr(c.ClientAddr); err == nil {
+		if ip, err := types.ParseIPAddr(addr.Unmap().WithZone("").String()); err == nil {
+			m["client"] = ip
+		}
 	}
 	return cedar.NewRecord(m)
 }

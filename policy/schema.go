@@ -100,11 +100,37 @@ func (r *rule) inspect(st statement) (problems []Problem) {
 					problems = append(problems, r.problem("there is no `context.approved`: leave the condition out, @approval(\"group\") on the forbid rule says it all"))
 				}
 			}
+			if timeAgainstNumber(n) {
+				problems = append(problems, r.problem("a time is compared with a number; write datetime(\"2026-06-01\") or datetime(\"2026-06-01T08:00:00Z\")"))
+			}
 			noteClaims(n, note)
 			return true
 		})
 	}
 	return problems
+}
+
+// timeAgainstNumber finds `context.now < 3`, which the validator lets pass: it
+// would fail whenever it is evaluated.
+func timeAgainstNumber(n ast.IsNode) bool {
+	var sides ast.BinaryNode
+	switch n := n.(type) {
+	case ast.NodeTypeLessThan:
+		sides = n.BinaryNode
+	case ast.NodeTypeLessThanOrEqual:
+		sides = n.BinaryNode
+	case ast.NodeTypeGreaterThan:
+		sides = n.BinaryNode
+	case ast.NodeTypeGreaterThanOrEqual:
+		sides = n.BinaryNode
+	default:
+		return false
+	}
+	isTime := func(n ast.IsNode) bool {
+		a, ok := n.(ast.NodeTypeAccess)
+		return ok && (isContext(a.Arg) && a.Value == "now" || a.Value == "expires" && !isClaims(a.Arg))
+	}
+	return isTime(sides.Left) && typeOfLiteral(sides.Right) == claimLong || isTime(sides.Right) && typeOfLiteral(sides.Left) == claimLong
 }
 
 // scopeEntity is the entity that the scope of a principal or resource names.
