@@ -499,11 +499,11 @@ func (s *Store) Close() error {
 // leave ends this node's part in Raft and waits for all that uses the databases.
 func (s *Store) leave() error {
 	close(s.done)
-	var err error
-	if f := s.shutdown(); f != nil {
-		err = f.Error()
+	f := s.shutdown()
+	err := s.trans.Close() // before waiting: raft may wait for a call to a dead peer
+	if f != nil {
+		err = errors.Join(err, f.Error())
 	}
-	err = errors.Join(err, s.trans.Close())
 	s.wg.Wait()
 	return err
 }

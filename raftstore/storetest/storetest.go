@@ -264,8 +264,8 @@ func (c *Cluster) Crash(n *Node) {
 	s, e := n.Store, n.Endpoint
 	n.Store = nil
 	n.crashing.Go(func() {
-		s.Close()
 		e.Close()
+		s.Close()
 	})
 }
 

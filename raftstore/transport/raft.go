@@ -61,6 +61,7 @@ type RaftConfig struct {
 type Raft struct {
 	cfg     RaftConfig
 	out     *raft.NetworkTransport
+	dials   *dialLayer
 	ln      *Listener
 	consume chan raft.RPC
 	done    chan struct{}
@@ -86,7 +87,8 @@ var (
 func NewRaft(cfg RaftConfig) *Raft {
 	t := &Raft{cfg: cfg, consume: make(chan raft.RPC), done: make(chan struct{})}
 	t.mu.in = make(map[string]*inbound)
-	t.out = t.network(&dialLayer{streamLayer: newStreamLayer(cfg.Addr), e: cfg.Endpoint})
+	t.dials = newDialLayer(cfg.Endpoint, cfg.Addr)
+	t.out = t.network(t.dials)
 	t.ln = cfg.Endpoint.Listener(ClassRaft)
 	t.wg.Go(t.acceptLoop)
 	return t
@@ -103,7 +105,8 @@ func (t *Raft) network(l raft.StreamLayer) *raft.NetworkTransport {
 	})
 }
 
-// Close stops the transport, its goroutines and its streams.
+// Close stops the transport, its goroutines and its streams; calls on the way
+// fail.
 func (t *Raft) Close() error {
 	t.mu.Lock()
 	if t.mu.closed {
@@ -116,7 +119,7 @@ func (t *Raft) Close() error {
 	t.mu.Unlock()
 
 	err := errors.Join(t.ln.Close(), t.out.Close())
-	t.out.CloseStreams()
+	t.dials.closeAll()
 	for _, in := range ins {
 		err = errors.Join(err, in.nt.Close())
 	}
@@ -319,10 +322,23 @@ func (l *streamLayer) Dial(raft.ServerAddress, time.Duration) (net.Conn, error) 
 	return nil, errors.New("this side only accepts")
 }
 
-// dialLayer is one that dials and accepts nothing.
+// dialLayer is one that dials and accepts nothing. It knows its open streams:
+// the NetworkTransport knows only those that are idle, and a call to a dead
+// peer would hold up Close.
 type dialLayer struct {
 	*streamLayer
-	e *Endpoint
+	e      *Endpoint
+	ctx    context.Context // ends with closeAll
+	cancel context.CancelFunc
+
+	mu   sync.Mutex
+	open map[*Conn]struct{} // nil once closed
+}
+
+func newDialLayer(e *Endpoint, addr string) *dialLayer {
+	l := &dialLayer{streamLayer: newStreamLayer(addr), e: e, open: make(map[*Conn]struct{})}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	return l
 }
 
 func (l *dialLayer) Dial(a raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
@@ -330,9 +346,44 @@ func (l *dialLayer) Dial(a raft.ServerAddress, timeout time.Duration) (net.Conn,
 	if i < 1 {
 		return nil, fmt.Errorf("raft address %q names no server", a)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	ctx, cancel := context.WithTimeout(l.ctx, timeout)
 	defer cancel()
-	return l.e.Dial(ctx, ClassRaft, string(a[i+1:]), string(a[:i]))
+	c, err := l.e.Dial(ctx, ClassRaft, string(a[i+1:]), string(a[:i]))
+	if err != nil {
+		return nil, err
+	}
+	conn := c.(*Conn)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.open == nil {
+		conn.Close()
+		return nil, ErrClosed
+	}
+	l.open[conn] = struct{}{}
+	return &dialledConn{conn, l}, nil
+}
+
+func (l *dialLayer) closeAll() {
+	l.cancel()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		c.Close()
+	}
+	l.open = nil
+}
+
+// dialledConn leaves its layer's list when it is closed.
+type dialledConn struct {
+	*Conn
+	l *dialLayer
+}
+
+func (c *dialledConn) Close() error {
+	c.l.mu.Lock()
+	delete(c.l.open, c.Conn)
+	c.l.mu.Unlock()
+	return c.Conn.Close()
 }
 
 type layerAddr string
