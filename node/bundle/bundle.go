@@ -101,9 +101,8 @@ func parse(files []event.ConfigFile, secrets map[string]bool, opts ParseOptions)
 				r.report(f.Path, 0, "%s", err)
 			}
 		case ".yaml", ".yml":
-			docs, problems := documents(f)
-			r.problems = append(r.problems, problems...)
-			for _, doc := range docs {
+			report := func(line int, format string, args ...any) { r.report(f.Path, line, format, args...) }
+			for _, doc := range documents(f, report) {
 				r.document(f, doc)
 			}
 		}

@@ -59,6 +59,7 @@ var genericAudiences = []string{
 }
 
 func (r *reading) provider(f file, o *object) {
+	before := len(r.problems)
 	p := &Provider{path: f.Path, line: o.node.Line}
 	p.Name = o.required("name")
 	if p.Name != "" {
@@ -120,6 +121,12 @@ func (r *reading) provider(f file, o *object) {
 		r.tenant(o, p, known)
 	}
 	o.done()
+	if len(r.problems) == before {
+		// What the verifier would refuse must not get as far as that.
+		if err := p.Validate(); err != nil {
+			o.report(o.node.Line, "%s", err)
+		}
+	}
 	if first := r.providers[p.Name]; first != nil {
 		o.bad("name", "there is another identity provider of this name at %s:%d", first.path, first.line)
 		return

@@ -238,13 +238,12 @@ func (r *reading) admin(o *object, t *Target) {
 	in.taken["password"], in.taken["passwordFile"], in.taken["passwordEnv"] = true, true, true
 	if given != 1 {
 		in.report(in.node.Line, "%s: give one of passwordFile, passwordEnv and password: keep", in.what)
-	} else if r.secrets != nil && !r.secrets[t.SecretName()] && t.Name != "" {
+	} else if r.secrets != nil && !r.secrets[t.SecretName()] && t.Name != "" && (t.Admin.keep || !in.has("password")) {
 		field := "password"
-		if !t.Admin.keep {
+		if t.Admin.passwordEnv != "" {
+			field = "passwordEnv"
+		} else if t.Admin.passwordFile != "" {
 			field = "passwordFile"
-			if t.Admin.passwordEnv != "" {
-				field = "passwordEnv"
-			}
 		}
 		in.bad(field, "no password of this target is stored, and none was given; apply with passwordFile or passwordEnv")
 	}

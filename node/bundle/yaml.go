@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"gopkg.in/yaml.v3"
-
-	"github.com/sallyport/sallyport/policy"
 )
 
 // Limits on one YAML document. Lists of a configuration that people read stay
@@ -37,21 +35,19 @@ type object struct {
 }
 
 // documents reads the YAML documents of a file, all of which must be mappings.
-func documents(f file) (docs []*object, problems []policy.Problem) {
-	report := func(line int, format string, args ...any) {
-		problems = append(problems, policy.Problem{Path: f.Path, Line: line, Message: fmt.Sprintf(format, args...)})
-	}
+// What is wrong goes to report, now and later when the documents are read.
+func documents(f file, report func(line int, format string, args ...any)) (docs []*object) {
 	dec := yaml.NewDecoder(bytes.NewReader(f.Data))
 	for {
 		var doc yaml.Node
 		err := decode(dec, &doc)
 		if errors.Is(err, io.EOF) {
-			return docs, problems
+			return docs
 		}
 		if err != nil {
 			line, msg := yamlError(err)
 			report(line, "%s", msg)
-			return docs, problems
+			return docs
 		}
 		if len(doc.Content) != 1 {
 			continue
@@ -302,7 +298,7 @@ func (o *object) textMap(field string) map[string]string {
 		return nil
 	}
 	out := make(map[string]string, len(in.values))
-	for name := range in.values {
+	for _, name := range sortedKeys(in.values) {
 		out[name] = in.text(name)
 	}
 	return out
@@ -315,7 +311,8 @@ func (o *object) listMap(field string) map[string][]string {
 		return nil
 	}
 	out := make(map[string][]string, len(in.values))
-	for name, n := range in.values {
+	for _, name := range sortedKeys(in.values) {
+		n := in.take(name)
 		if v, ok := scalar(n); ok && v != "" {
 			out[name] = []string{v}
 			continue
