@@ -382,3 +382,40 @@ func mustCompile(t testing.TB, text string) *Set {
 	}
 	return set
 }
+
+// TestDocumentation keeps the list of actions in docs/policy.md as it is here.
+func TestDocumentation(t *testing.T) {
+	const path = "../docs/policy.md"
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, rest, ok := strings.Cut(string(data), "-rewrite -->\n")
+	_, tail, ok2 := strings.Cut(rest, "<!-- end of actions -->")
+	if !ok || !ok2 {
+		t.Fatal("the marks are missing")
+	}
+	var b strings.Builder
+	b.WriteString(head + "-rewrite -->\n| action | in | on | |\n|---|---|---|---|\n")
+	for _, info := range Catalogue() {
+		in := make([]string, len(info.Groups))
+		for i, g := range info.Groups {
+			in[i] = "`" + g + "`"
+		}
+		on := make([]string, len(info.Resources))
+		for i, r := range info.Resources {
+			on[i] = string(r)
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", info.Name, strings.Join(in, ", "), strings.Join(on, ", "), info.Description)
+	}
+	b.WriteString("<!-- end of actions -->" + tail)
+	if b.String() == string(data) {
+		return
+	}
+	if !*rewrite {
+		t.Fatal("the list of actions in docs/policy.md is old (use -rewrite)")
+	}
+	if err := os.WriteFile(path, []byte(b.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
