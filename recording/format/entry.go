@@ -67,7 +67,9 @@ func AppendEntry(b []byte, e *recording.Entry) ([]byte, error) {
 	start := len(b)
 	out := append(b, 0, 0, 0, 0, 0, 0, 0, 0)
 	out = appendUint(out, fieldLSN, uint64(e.LSN))
-	out = appendUint(out, fieldAt, protowire.EncodeZigZag(e.At.UnixNano()))
+	if !e.At.IsZero() {
+		out = appendUint(out, fieldAt, protowire.EncodeZigZag(e.At.UnixNano()))
+	}
 	out = appendUint(out, fieldType, uint64(e.Type))
 	out = appendUint(out, fieldOp, e.Op)
 	out = appendString(out, fieldVerb, e.Verb)

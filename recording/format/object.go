@@ -63,6 +63,9 @@ const (
 // object, a frame or an entry of this format.
 var ErrMalformed = errors.New("malformed recording")
 
+// ErrCut is ErrMalformed of an object that ends before it should.
+var ErrCut = fmt.Errorf("%w: it is cut", ErrMalformed)
+
 func malformed(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrMalformed, fmt.Sprintf(format, args...))
 }
@@ -139,7 +142,7 @@ func parse(kind Kind, b []byte) (*object, error) {
 		return nil, malformed("%s of %d bytes", kind, len(b))
 	}
 	if len(b) < prefixBytes+2 {
-		return nil, malformed("%s ends after %d bytes", kind, len(b))
+		return nil, fmt.Errorf("%w: %s ends after %d bytes", ErrCut, kind, len(b))
 	}
 	if string(b[:4]) != magic {
 		return nil, malformed("not a recording object")
@@ -159,9 +162,12 @@ func parse(kind Kind, b []byte) (*object, error) {
 	}
 	end := prefixBytes + metaLen + bodyLen
 	if end+2 > int64(len(b)) {
-		return nil, malformed("%s is cut: %d bytes of at least %d", kind, len(b), end+2)
+		return nil, fmt.Errorf("%w: %s has %d bytes of at least %d", ErrCut, kind, len(b), end+2)
 	}
 	sigLen := int64(binary.BigEndian.Uint16(b[end:]))
+	if end+2+sigLen > int64(len(b)) {
+		return nil, fmt.Errorf("%w: %s has %d bytes of %d", ErrCut, kind, len(b), end+2+sigLen)
+	}
 	if sigLen == 0 || sigLen > maxSigBytes || end+2+sigLen != int64(len(b)) {
 		return nil, malformed("%s is %d bytes long where its parts say %d", kind, len(b), end+2+sigLen)
 	}
