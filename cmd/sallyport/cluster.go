@@ -1,0 +1,147 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sallyport/sallyport/node"
+	"github.com/sallyport/sallyport/node/config"
+	"github.com/sallyport/sallyport/node/pki"
+)
+
+// nodeFlags make a node's settings.
+type nodeFlags struct {
+	config.Config
+	hosts []string
+}
+
+func (n *nodeFlags) register(c *cobra.Command) {
+	fl := c.Flags()
+	fl.StringVar(&n.Name, "name", "", "the node's name: lower-case letters, digits, dashes (required)")
+	fl.StringVar(&n.DataDir, "data-dir", "", "new directory for the node's keys, state and spool (required)")
+	fl.StringVar(&n.Addr, "addr", "", "host:port that clients and other nodes reach the node at, TCP and UDP (required)")
+	fl.StringVar(&n.Listen, "listen", "", "host:port to bind when it differs from --addr")
+	fl.StringSliceVar(&n.hosts, "host", nil, "further names and addresses for the node's certificate, such as a load balancer's")
+	fl.StringVar(&n.Recordings, "recordings", "", "where recordings go: a directory, or s3://bucket/prefix?endpoint=URL&region=R (default DATADIR/recordings)")
+	fl.BoolVar(&n.Dev, "dev", false, "for local trials: accept tokens of `sallyport dev-issuer` and targets without TLS")
+	for _, f := range []string{"name", "data-dir", "addr"} {
+		_ = c.MarkFlagRequired(f)
+	}
+}
+
+func clusterCommand(f *clientFlags) *cobra.Command {
+	c := &cobra.Command{Use: "cluster", Short: "Make a cluster, add and remove nodes"}
+	c.AddCommand(clusterInit(), clusterToken(f), clusterJoin(), clusterRemove(f))
+	return c
+}
+
+func clusterInit() *cobra.Command {
+	n := &nodeFlags{}
+	var adminOut, cluster string
+	c := &cobra.Command{
+		Use: "init --name NAME --data-dir DIR --addr HOST:PORT --admin-out DIR", Short: "Make a cluster: its CA, its first node and an administrator", Args: noArgs,
+		Example: `  sallyport cluster init --name n1 --data-dir /var/lib/sallyport --addr gw1.example.com:7443 --admin-out ~/sallyport-admin
+  sallyport serve --data-dir /var/lib/sallyport`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := node.Init(node.InitOptions{Config: &n.Config, Cluster: cluster, Hosts: n.hosts, AdminOut: adminOut}); err != nil {
+				return err
+			}
+			say(cmd.OutOrStdout(), `Made the first node in %s.
+The administrator's certificate is %s: keep it safe, it may change everything.
+
+Next:
+  sallyport serve --data-dir %s
+  sallyport login --server %s --ca %s --admin-cert %s --admin-key %s
+  sallyport cluster token create      # one for each further node`,
+				n.DataDir, filepath.Join(adminOut, "admin.crt"), n.DataDir, n.Addr,
+				filepath.Join(adminOut, "ca.crt"), filepath.Join(adminOut, "admin.crt"), filepath.Join(adminOut, "admin.key"))
+			return nil
+		},
+	}
+	n.register(c)
+	c.Flags().StringVar(&cluster, "cluster", "", "the cluster's name (default: made up)")
+	c.Flags().StringVar(&adminOut, "admin-out", "", "directory for the bootstrap administrator's certificate, key and the CA certificate (required)")
+	_ = c.MarkFlagRequired("admin-out")
+	return c
+}
+
+func clusterToken(f *clientFlags) *cobra.Command {
+	c := &cobra.Command{Use: "token", Short: "Make tokens for new nodes"}
+	var ttl time.Duration
+	create := &cobra.Command{
+		Use: "create", Short: "Make a one-time token for `cluster join`", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cl, err := f.client()
+			if err != nil {
+				return err
+			}
+			t, err := cl.JoinToken(cmd.Context(), ttl)
+			if err != nil {
+				return err
+			}
+			if f.json {
+				return printJSON(cmd.OutOrStdout(), t)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), t.Token)
+			say(cmd.ErrOrStderr(), "Good for one node until %s. It pins the cluster's CA.", stamp(t.Expires))
+			return nil
+		},
+	}
+	create.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it may be used, 1m to 24h")
+	c.AddCommand(create)
+	return c
+}
+
+func clusterJoin() *cobra.Command {
+	n := &nodeFlags{}
+	var token, server string
+	c := &cobra.Command{
+		Use: "join --token TOKEN --server HOST:PORT --name NAME --data-dir DIR --addr HOST:PORT", Short: "Make this machine a node of a cluster", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if token == "" {
+				token = os.Getenv("SALLYPORT_JOIN_TOKEN")
+			}
+			if token == "" {
+				return usageError{errors.New("--token or SALLYPORT_JOIN_TOKEN is needed: `sallyport cluster token create` makes one")}
+			}
+			if err := node.Join(cmd.Context(), node.JoinOptions{Config: &n.Config, Token: token, Server: server, Hosts: n.hosts}); err != nil {
+				return err
+			}
+			say(cmd.OutOrStdout(), "Joined. Start the node:\n  sallyport serve --data-dir %s", n.DataDir)
+			return nil
+		},
+	}
+	n.register(c)
+	c.Flags().StringVar(&token, "token", "", "from `sallyport cluster token create` (or SALLYPORT_JOIN_TOKEN)")
+	c.Flags().StringVar(&server, "server", "", "any node of the cluster, host:port (required)")
+	_ = c.MarkFlagRequired("server")
+	return c
+}
+
+func clusterRemove(f *clientFlags) *cobra.Command {
+	var reason string
+	c := &cobra.Command{
+		Use: "remove NODE --reason TEXT", Short: "Take a node out of the cluster", Args: exactArgs("NODE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !pki.ValidName(args[0]) {
+				return usageError{fmt.Errorf("%q is no node name", args[0])}
+			}
+			cl, err := f.client()
+			if err != nil {
+				return err
+			}
+			if _, err := cl.RemoveNode(cmd.Context(), args[0], reason); err != nil {
+				return err
+			}
+			say(cmd.OutOrStdout(), "%s is no member any more; stop it.", args[0])
+			return nil
+		},
+	}
+	reasonFlag(c, &reason)
+	return c
+}

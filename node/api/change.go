@@ -1,0 +1,427 @@
+package api
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sallyport/sallyport/node/approval"
+	"github.com/sallyport/sallyport/node/bundle"
+	"github.com/sallyport/sallyport/node/state"
+	"github.com/sallyport/sallyport/node/tunnel"
+	"github.com/sallyport/sallyport/policy"
+	"github.com/sallyport/sallyport/raftstore/event"
+)
+
+// SecretName is the name that a configuration's secret is sealed under.
+func SecretName(name string) string { return "config/" + name }
+
+func (s *Server) config(_ http.ResponseWriter, _ *request) (any, error) {
+	v := s.State.View()
+	d := ConfigDownload{Index: v.ConfigIndex, SecretNames: slices.Sorted(maps.Keys(v.Secrets))}
+	if v.Config != nil {
+		d.Digest, d.Files = v.Config.Digest, v.Config.Files
+	}
+	return d, nil
+}
+
+// apply replaces the configuration by one event, or shows what it would change.
+func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
+	var in ConfigUpload
+	if err := r.decode(&in); err != nil {
+		return nil, err
+	}
+	v := s.State.View()
+	names := map[string]bool{}
+	for n := range v.Secrets {
+		names[n] = true
+	}
+	for n := range in.Secrets {
+		names[n] = true
+	}
+	b, problems := bundle.Parse(in.Files, slices.Sorted(maps.Keys(names)), bundle.ParseOptions{Dev: s.Dev})
+	if len(problems) > 0 {
+		p := &Problem{Code: "invalid", Error: fmt.Sprintf("nothing was changed: the configuration has %d problem(s)", len(problems)), Status: http.StatusUnprocessableEntity}
+		for _, pr := range problems {
+			p.Lines = append(p.Lines, pr.String())
+		}
+		return nil, &Failure{p}
+	}
+	if _, taken := b.Providers[policy.BootstrapProvider]; taken {
+		return nil, invalid("no identity provider may be named %q", policy.BootstrapProvider)
+	}
+	secrets, kept, err := s.sealSecrets(b, in.Secrets, v.Secrets)
+	if err != nil {
+		return nil, err
+	}
+	res := ConfigResult{Index: v.ConfigIndex}
+	for _, c := range bundle.Plan(v.Config, b) {
+		res.Changes = append(res.Changes, c.String())
+	}
+	for _, n := range slices.Sorted(maps.Keys(secrets)) {
+		switch _, had := v.Secrets[n]; {
+		case !had:
+			res.Changes = append(res.Changes, "+ secret "+n)
+		case !kept[n]:
+			res.Changes = append(res.Changes, "~ secret "+n+" (set again)")
+		}
+	}
+	for _, n := range slices.Sorted(maps.Keys(v.Secrets)) {
+		if _, has := secrets[n]; !has {
+			res.Changes = append(res.Changes, "- secret "+n)
+		}
+	}
+	if in.DryRun || len(res.Changes) == 0 {
+		return res, nil
+	}
+	if in.Expect != v.ConfigIndex {
+		return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration was changed by someone else after the plan was made: plan again", Status: http.StatusConflict}}
+	}
+	version := s.Store.Version("config")
+	if s.State.View().ConfigIndex != in.Expect { // changed between the two reads
+		return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration is being changed by someone else: plan again", Status: http.StatusConflict}}
+	}
+	ev, err := s.propose(w, r, event.TypeConfigApplied, "config", version,
+		event.ConfigApplied{Files: b.Files, Secrets: secrets, Digest: b.Digest})
+	if err != nil {
+		return nil, err
+	}
+	res.Applied, res.Index = true, ev.Index
+	return res, nil
+}
+
+// sealSecrets keeps, of the secrets given and stored, those the bundle wants.
+func (s *Server) sealSecrets(b *bundle.Bundle, given map[string][]byte, stored map[string]event.Sealed) (map[string]event.Sealed, map[string]bool, error) {
+	out, kept := map[string]event.Sealed{}, map[string]bool{}
+	for _, n := range b.SecretNames() {
+		if plain, ok := given[n]; ok {
+			sealed, err := s.Seal(SecretName(n), plain)
+			if err != nil {
+				return nil, nil, err
+			}
+			out[n] = sealed
+		} else if sealed, ok := stored[n]; ok {
+			out[n], kept[n] = sealed, true
+		} else {
+			return nil, nil, invalid("the configuration needs the secret %s, which was neither given nor stored before", n)
+		}
+	}
+	return out, kept, nil
+}
+
+func (s *Server) approvalInfo(a *state.Approval) ApprovalInfo {
+	i := ApprovalInfo{
+		ID: a.ID, State: a.State(s.Now()), Session: a.Session, Node: a.Node, Subject: a.Subject, Claims: a.Claims,
+		Target: a.Target, Database: a.Database, Digest: hex.EncodeToString(a.Digest), Detail: a.Detail,
+		Rules: a.Rules, Groups: a.Groups, Count: a.Count, Asked: a.Asked, Expires: a.Expires,
+	}
+	for _, v := range a.Votes {
+		i.Votes = append(i.Votes, VoteInfo{v.Approver, v.Approve, v.Comment, v.At})
+	}
+	if a.Ended != nil {
+		i.Ended = strings.TrimSuffix(a.Ended.How+": "+a.Ended.Reason, ": ")
+	}
+	return i
+}
+
+func (s *Server) listApprovals(_ http.ResponseWriter, r *request) (any, error) {
+	want := r.URL.Query().Get("state")
+	infos := []ApprovalInfo{}
+	for _, a := range s.State.View().Approvals {
+		if i := s.approvalInfo(a); want == "" || i.State == want {
+			infos = append(infos, i)
+		}
+	}
+	sort.Slice(infos, func(i, j int) bool { return infos[i].Asked.Before(infos[j].Asked) })
+	return infos, nil
+}
+
+func (s *Server) approvalOf(r *request) (*state.Approval, error) {
+	id := r.PathValue("id")
+	a := s.State.View().Approvals[id]
+	if a == nil {
+		return nil, notFound("there is no approval request %q; `sallyport approvals list` shows them", id)
+	}
+	return a, nil
+}
+
+func (s *Server) showApproval(_ http.ResponseWriter, r *request) (any, error) {
+	a, err := s.approvalOf(r)
+	if err != nil {
+		return nil, err
+	}
+	i := s.approvalInfo(a)
+	text, err := s.Open(approval.SealName(a.ID), a.Text)
+	if err != nil {
+		return nil, fmt.Errorf("the text of the request cannot be unsealed: %w", err)
+	}
+	i.Text = string(text)
+	return i, nil
+}
+
+// vote takes an approver's decision. The digest in the query says what the
+// approver has seen; it is part of what a certificate's signature covers.
+func (s *Server) vote(approve bool) handler {
+	return func(w http.ResponseWriter, r *request) (any, error) {
+		var in VoteRequest
+		if err := r.decode(&in); err != nil {
+			return nil, err
+		}
+		if len(in.Comment) > 1000 {
+			return nil, invalid("the comment is longer than 1000 bytes")
+		}
+		a, err := s.approvalOf(r)
+		if err != nil {
+			return nil, err
+		}
+		digest, err := hex.DecodeString(r.URL.Query().Get("digest"))
+		if err != nil || !slices.Equal(digest, a.Digest) {
+			return nil, invalid("digest: this request is for something else than what was shown: look at it again with `sallyport approvals show %s`", a.ID)
+		}
+		if st := a.State(s.Now()); st != "pending" {
+			return nil, &Failure{&Problem{Code: "conflict", Error: fmt.Sprintf("approval request %s is already %s", a.ID, st), Status: http.StatusConflict}}
+		}
+		if refusal := s.Approvals.Eligible(a, r.subject); refusal != nil {
+			_ = s.audit(r.Request, policy.Approve, r.subject, "refuse", refusal.Rule, refusal.Reason)
+			return nil, refusal
+		}
+		for _, v := range a.Votes {
+			if v.Approver == r.subject.ID() {
+				return nil, &Failure{&Problem{Code: "conflict", Error: "you have decided about this request already", Status: http.StatusConflict}}
+			}
+		}
+		proof, err := s.Seal(approval.ProofName(a.ID, r.subject.ID()), r.proof)
+		if err != nil {
+			return nil, err
+		}
+		ev, err := s.propose(w, r, event.TypeApprovalVoted, "approval/"+a.ID, a.Version,
+			event.ApprovalVoted{ID: a.ID, Approver: r.subject.ID(), Approve: approve, Comment: in.Comment, Digest: digest, Proof: proof})
+		if err != nil {
+			return nil, err
+		}
+		return Committed{ev.Seq, ev.Index, ev.Time}, nil
+	}
+}
+
+func revocationInfo(r *state.Revocation) RevocationInfo {
+	i := RevocationInfo{ID: r.ID, Subject: r.Subject, Reason: r.Reason, At: r.At, Index: r.Index, Undone: r.Undone}
+	if r.Report != nil {
+		i.Nodes = r.Report.Nodes
+	}
+	return i
+}
+
+func (s *Server) listRevocations(http.ResponseWriter, *request) (any, error) {
+	infos := []RevocationInfo{}
+	for _, r := range s.State.View().Revocations {
+		infos = append(infos, revocationInfo(r))
+	}
+	sort.Slice(infos, func(i, j int) bool { return infos[i].Index < infos[j].Index })
+	return infos, nil
+}
+
+// fenceTimeout bounds how long a revocation waits for one node.
+const fenceTimeout = 15 * time.Second
+
+// revoke ends a subject's access. It commits first: from then on every node
+// that learns of it refuses and cuts. Then it collects from every member when
+// that was done there, and stores the report.
+//
+// Leases, which also fence nodes that do not answer, will add their word here:
+// a node not confirmed then has a time at which it certainly stopped.
+func (s *Server) revoke(w http.ResponseWriter, r *request) (any, error) {
+	var in RevokeRequest
+	if err := r.decode(&in); err != nil {
+		return nil, err
+	}
+	switch {
+	case !strings.Contains(in.Subject, "/") || len(in.Subject) > 1024:
+		return nil, invalid("subject: want provider/name as `sallyport sessions list` shows it, such as ci/repo:acme/shop:ref:refs/heads/main")
+	case strings.TrimSpace(in.Reason) == "" || len(in.Reason) > 1000:
+		return nil, invalid("reason: want a sentence, at most 1000 bytes; it is shown to the subject and kept for ever")
+	}
+	id := hex.EncodeToString(r.id[:5])
+	ev, err := s.propose(w, r, event.TypeRevoked, "revocation/"+id, 0, event.Revoked{ID: id, Subject: in.Subject, Reason: in.Reason})
+	if err != nil {
+		return nil, err
+	}
+	// What follows is evidence; the caller's leaving must not lose it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), fenceTimeout+5*time.Second)
+	defer cancel()
+	report := event.RevocationReport{ID: id, Index: ev.Index, Nodes: s.fenceAll(ctx, ev.Seq)}
+	data, err := json.Marshal(report)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.append(ctx, w, event.Proposal{
+		ID: event.NewID(), Actor: event.Actor{Principal: s.Node, Kind: event.Node, Authn: "node", Via: s.Node},
+		Type: event.TypeRevocationReport, Version: 1, Aggregate: "revocation/" + id, Expect: event.Any, Payload: data, Cause: ev.ID,
+	}); err != nil {
+		s.Log.Error("the report of a revocation could not be stored; the revocation stands", "revocation", id, "err", err)
+	}
+	return RevocationInfo{ID: id, Subject: in.Subject, Reason: in.Reason, At: ev.Time, Index: ev.Index, Nodes: report.Nodes}, nil
+}
+
+func (s *Server) fenceAll(ctx context.Context, seq uint64) []event.NodeFenced {
+	ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
+	defer cancel()
+	nodes := slices.Sorted(maps.Keys(s.State.View().Nodes))
+	out := make([]event.NodeFenced, len(nodes))
+	var wg sync.WaitGroup
+	for i, n := range nodes {
+		wg.Go(func() {
+			var f event.NodeFenced
+			var err error
+			if n == s.Node {
+				f, err = s.Fence(ctx, seq)
+			} else {
+				err = s.exchange(ctx, http.MethodPost, n, fmt.Sprintf("/mesh/v1/fence?seq=%d", seq), struct{}{}, &f)
+			}
+			f.Node = n
+			if err != nil {
+				f.State, f.At, f.Detail = "unconfirmed", time.Time{}, err.Error()
+			}
+			out[i] = f
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+func (s *Server) meshFence(w http.ResponseWriter, r *http.Request) {
+	var seq uint64
+	if _, err := fmt.Sscan(r.URL.Query().Get("seq"), &seq); err != nil {
+		fail(w, problem(invalid("seq: %v", err)))
+		return
+	}
+	f, err := s.Fence(r.Context(), seq)
+	if err != nil {
+		fail(w, problem(err))
+		return
+	}
+	reply(w, f)
+}
+
+func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
+	var in UndoRequest
+	if err := r.decode(&in); err != nil {
+		return nil, err
+	}
+	if strings.TrimSpace(in.Reason) == "" || len(in.Reason) > 1000 {
+		return nil, invalid("reason: want a sentence, at most 1000 bytes")
+	}
+	id := r.PathValue("id")
+	rev := s.State.View().Revocations[id]
+	switch {
+	case rev == nil:
+		return nil, notFound("there is no revocation %q; `sallyport revocations list` shows them", id)
+	case !rev.Undone.IsZero():
+		return nil, &Failure{&Problem{Code: "conflict", Error: "this revocation was undone already", Status: http.StatusConflict}}
+	case rev.Subject == r.subject.ID():
+		return nil, invalid("nobody undoes a revocation of themselves")
+	}
+	if _, err := s.propose(w, r, event.TypeRevocationUndone, "revocation/"+id, event.Any, event.RevocationUndone{ID: id, Reason: in.Reason}); err != nil {
+		return nil, err
+	}
+	return revocationInfo(s.State.View().Revocations[id]), nil
+}
+
+// meshPropose proposes an approval event for another node. The node's word is
+// not enough for a request: the caller's own token is verified here again.
+func (s *Server) meshPropose(w http.ResponseWriter, r *http.Request) {
+	var in Proposal
+	if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+		fail(w, problem(invalid("%v", err)))
+		return
+	}
+	c, err := s.ProposeFor(r.Context(), tunnel.Peer(r.Context()), &in)
+	if err != nil {
+		fail(w, problem(err))
+		return
+	}
+	reply(w, c)
+}
+
+// ProposeFor is what the leader does with a node's proposal.
+func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Committed, error) {
+	prop := event.Proposal{ID: in.ID, Type: in.Type, Version: 1, Payload: in.Payload}
+	switch in.Type {
+	case event.TypeApprovalAsked:
+		p, err := approval.Decode[event.ApprovalAsked](in.Payload)
+		if err != nil {
+			return nil, invalid("%v", err)
+		}
+		subject, err := s.VerifyToken(ctx, in.Token)
+		if err != nil {
+			return nil, &Failure{&Problem{Code: "unauthenticated", Error: "the leader does not accept the requester's token: " + err.Error(), Status: http.StatusUnauthorized}}
+		}
+		if _, revoked := s.State.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
+			return nil, &Failure{&Problem{Code: "forbidden", Error: subject.ID() + " has been revoked", Status: http.StatusForbidden}}
+		}
+		if err := approval.CheckAsked(p, node, subject, s.Now()); err != nil {
+			return nil, invalid("%v", err)
+		}
+		p.Claims, p.Persons = subject.Claims, subject.Persons // the leader's own reading of the token
+		if prop.Payload, err = json.Marshal(p); err != nil {
+			return nil, err
+		}
+		prop.Aggregate, prop.Expect = "approval/"+p.ID, 0
+		prop.Actor = event.Actor{Principal: p.Subject, Kind: event.Service, Authn: "oidc", Via: node}
+	case event.TypeApprovalEnded:
+		p, err := approval.Decode[event.ApprovalEnded](in.Payload)
+		if err != nil {
+			return nil, invalid("%v", err)
+		}
+		a := s.State.View().Approvals[p.ID]
+		if err := approval.CheckEnded(p, a, node, s.Now()); err != nil {
+			return nil, &Failure{&Problem{Code: "conflict", Error: err.Error(), Status: http.StatusConflict}}
+		}
+		prop.Aggregate, prop.Expect = "approval/"+p.ID, a.Version
+		prop.Actor = event.Actor{Principal: node, Kind: event.Node, Authn: "node", Via: node}
+	default:
+		return nil, invalid("a node may not propose %q", in.Type)
+	}
+	ev, err := s.append(ctx, nil, prop)
+	if err != nil {
+		return nil, err
+	}
+	return &Committed{ev.Seq, ev.Index, ev.Time}, nil
+}
+
+// Propose brings a proposal of this node to the leader, wherever that is.
+func (s *Server) Propose(ctx context.Context, in *Proposal) (*Committed, error) {
+	for try := 0; ; try++ {
+		var c *Committed
+		var err error
+		switch leader, _ := s.Store.Leader(); leader {
+		case "":
+			err = &Failure{&Problem{Code: "unavailable", Error: "the cluster has no leader: a majority of its voters must be running", Status: http.StatusServiceUnavailable}}
+		case s.Node:
+			c, err = s.ProposeFor(ctx, s.Node, in)
+		default:
+			c = &Committed{}
+			err = s.exchange(ctx, http.MethodPost, leader, "/mesh/v1/propose", in, c)
+		}
+		if err == nil {
+			return c, nil
+		}
+		// A definite no ends it; anything else is tried again with the same
+		// id, which makes it happen once.
+		if p := problem(err); (p.Status >= 400 && p.Status < 500 && p.Status != http.StatusMisdirectedRequest) || try >= leaderTries {
+			return nil, err
+		}
+		select {
+		case <-time.After(250 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}

@@ -1,0 +1,301 @@
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/sallyport/sallyport/node/config"
+	"github.com/sallyport/sallyport/node/tunnel"
+	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/recording"
+)
+
+func (s *Server) whoami(_ http.ResponseWriter, r *request) (any, error) {
+	return Whoami{
+		Subject: r.subject.ID(), Kind: string(r.subject.Kind), Groups: r.subject.Groups,
+		Claims: r.subject.Claims, Expires: r.subject.ExpiresAt, Node: s.Node,
+	}, nil
+}
+
+// peerTimeout bounds how long a cluster-wide question waits for one node.
+const peerTimeout = 3 * time.Second
+
+// everyNode asks all members at once, this one included, and calls got for
+// each in the order of their names.
+func everyNode[T any](ctx context.Context, s *Server, path string, local func() T, got func(node string, v T, err error)) {
+	type answer struct {
+		v   T
+		err error
+	}
+	nodes := slices.Sorted(maps.Keys(s.State.View().Nodes))
+	answers := make([]answer, len(nodes))
+	var wg sync.WaitGroup
+	for i, n := range nodes {
+		wg.Go(func() {
+			if n == s.Node {
+				answers[i].v = local()
+				return
+			}
+			ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+			defer cancel()
+			answers[i].err = s.get(ctx, n, path, &answers[i].v)
+		})
+	}
+	wg.Wait()
+	for i, n := range nodes {
+		got(n, answers[i].v, answers[i].err)
+	}
+}
+
+func (s *Server) status(_ http.ResponseWriter, r *request) (any, error) {
+	v := s.State.View()
+	st := Status{Cluster: v.ClusterID}
+	local := func() NodeStatus { return s.LocalStatus(r.Context()) }
+	everyNode(r.Context(), s, "/mesh/v1/status", local, func(node string, ns NodeStatus, err error) {
+		ns.Reachable = err == nil
+		if err != nil {
+			ns = NodeStatus{Error: err.Error()}
+		}
+		ns.Node, ns.Addr = node, v.Nodes[node].Addr
+		st.Nodes = append(st.Nodes, ns)
+	})
+	return st, nil
+}
+
+func (s *Server) sessions(_ http.ResponseWriter, r *request) (any, error) {
+	var all Sessions
+	everyNode(r.Context(), s, "/mesh/v1/sessions", s.localSessions, func(node string, v Sessions, err error) {
+		if err != nil {
+			if all.Unreachable == nil {
+				all.Unreachable = map[string]string{}
+			}
+			all.Unreachable[node] = err.Error()
+		}
+		all.Sessions = append(all.Sessions, v.Sessions...)
+	})
+	return all, nil
+}
+
+func (s *Server) localSessions() Sessions { return Sessions{Sessions: s.Sessions.List()} }
+
+// maxEvents bounds one answer of GET /v1/events; the caller asks again.
+const maxEvents = 500
+
+// events answers with those from seq `from` on; with `wait` it holds the
+// answer until there is one.
+func (s *Server) events(_ http.ResponseWriter, r *request) (any, error) {
+	q := r.URL.Query()
+	from, err := strconv.ParseUint(q.Get("from"), 10, 64)
+	if err != nil || from == 0 {
+		return nil, invalid("from: the number of the first event wanted, from 1")
+	}
+	if wait, _ := time.ParseDuration(q.Get("wait")); wait > 0 {
+		ctx, cancel := context.WithTimeout(r.Context(), min(wait, time.Minute))
+		defer cancel()
+		_ = s.Store.WaitSeq(ctx, from) // an empty answer says that none came
+	}
+	events, err := s.Store.Events(from, maxEvents)
+	if err != nil {
+		return nil, err
+	}
+	infos := make([]EventInfo, 0, len(events))
+	for _, e := range events {
+		infos = append(infos, eventInfo(e))
+	}
+	return infos, nil
+}
+
+func eventInfo(e event.Event) EventInfo {
+	i := EventInfo{
+		Seq: e.Seq, Index: e.Index, Term: e.Term, Time: e.Time, Type: e.Type, Version: e.Version,
+		Aggregate: e.Aggregate, Actor: e.Actor, Chain: hex.EncodeToString(e.Chain[:]),
+	}
+	if json.Unmarshal(e.Payload, &i.Payload) != nil {
+		i.Payload = map[string]any{"undecodable": true}
+	}
+	return i
+}
+
+// Join tokens are "sp1.ID.SECRET.CAHASH": the node that presents one knows by
+// the hash which CA it may talk to, before it sends the secret.
+
+// makeToken makes a one-time token for a new node.
+func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
+	var in JoinTokenRequest
+	if err := r.decode(&in); err != nil {
+		return nil, err
+	}
+	if in.TTL == 0 {
+		in.TTL = time.Hour
+	}
+	if in.TTL < time.Minute || in.TTL > 24*time.Hour {
+		return nil, invalid("a join token lives between 1m and 24h")
+	}
+	secret := make([]byte, 24)
+	_, _ = rand.Read(secret) // never fails: crypto/rand
+	id := hex.EncodeToString(r.id[:6])
+	hash := sha256.Sum256(secret)
+	ca := sha256.Sum256(s.State.View().CA)
+	made := event.JoinTokenMade{ID: id, Hash: hash[:], Expires: s.Now().Add(in.TTL).UTC()}
+	if _, err := s.propose(w, r, event.TypeJoinTokenMade, "jointoken/"+id, 0, made); err != nil {
+		return nil, err
+	}
+	enc := base64.RawURLEncoding
+	return JoinTokenReply{
+		Token:   "sp1." + id + "." + enc.EncodeToString(secret) + "." + enc.EncodeToString(ca[:]),
+		Expires: made.Expires,
+	}, nil
+}
+
+// join makes a node a member. The token is the only credential; two events,
+// appended together or not at all, consume it and add the node.
+func (s *Server) join(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		fail(w, problem(invalid("reading the request: %v", err)))
+		return
+	}
+	if !s.Store.IsLeader() {
+		if tunnel.Peer(r.Context()) != "" {
+			fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
+			return
+		}
+		s.toLeader(w, r, body)
+		return
+	}
+	var in JoinRequest
+	var v any
+	err = json.Unmarshal(body, &in)
+	if err == nil {
+		v, err = s.joinLeader(w, r, &in)
+	} else {
+		err = invalid("the body is not a join request: %v", err)
+	}
+	if err != nil {
+		_ = s.auditJoin(r, &in, "refuse", err.Error())
+		fail(w, problem(err))
+		return
+	}
+	reply(w, v)
+}
+
+func (s *Server) auditJoin(r *http.Request, in *JoinRequest, effect, reason string) error {
+	return s.Audit(&recording.Entry{
+		Type: recording.Decided, Verb: "POST /v1/cluster/join", Effect: effect, Rule: "jointoken/" + in.TokenID, Reason: reason,
+		Detail: map[string]string{"client": clientIP(r), "node": in.Name, "addr": in.Addr},
+	})
+}
+
+func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequest) (any, error) {
+	denied := &Failure{&Problem{Code: "unauthenticated", Status: http.StatusUnauthorized,
+		Error: "the join token is not known, was used already or has expired: make a new one with `sallyport cluster token create`"}}
+	v := s.State.View()
+	tok, ok := v.JoinTokens[in.TokenID]
+	secret, err := base64.RawURLEncoding.DecodeString(in.Secret)
+	sum := sha256.Sum256(secret)
+	if !ok || err != nil || subtle.ConstantTimeCompare(sum[:], tok.Hash) != 1 || tok.UsedBy != "" || s.Now().After(tok.Expires) {
+		return nil, denied
+	}
+	if !config.ValidName(in.Name) {
+		return nil, invalid("%q is not a node name (lower-case letters, digits and dashes, at most 63)", in.Name)
+	}
+	if _, member := v.Nodes[in.Name]; member || v.Removed[in.Name] {
+		return nil, invalid("the cluster has, or had, a node named %q: choose another name", in.Name)
+	}
+	for name, n := range v.Nodes {
+		if n.Addr == in.Addr {
+			return nil, invalid("node %s has the address %s: give the new node its own", name, in.Addr)
+		}
+	}
+	if err := s.auditJoin(r, in, "permit", ""); err != nil {
+		return nil, fmt.Errorf("this node cannot record now, and nothing happens unrecorded: %w", err)
+	}
+	info, err := s.SignNode(in)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	used, _ := json.Marshal(event.JoinTokenUsed{ID: in.TokenID, Node: in.Name})
+	joined, _ := json.Marshal(event.NodeJoined{Node: info, Token: in.TokenID})
+	actor := event.Actor{Principal: "jointoken/" + in.TokenID, Kind: event.Node, Authn: "join-token", Source: clientIP(r), Via: s.Node}
+	_, err = s.append(r.Context(), w,
+		event.Proposal{ID: event.NewID(), Actor: actor, Type: event.TypeJoinTokenUsed, Version: 1, Aggregate: "jointoken/" + in.TokenID, Expect: 1, Payload: used},
+		event.Proposal{ID: event.NewID(), Actor: actor, Type: event.TypeNodeJoined, Version: 1, Aggregate: "node/" + in.Name, Expect: 0, Payload: joined})
+	if err != nil {
+		return nil, err
+	}
+	v = s.State.View()
+	rep := JoinReply{Cluster: v.ClusterID, CA: v.CA, Cert: info.Cert}
+	for _, name := range slices.Sorted(maps.Keys(v.Nodes)) {
+		rep.Peers = append(rep.Peers, v.Nodes[name])
+	}
+	return rep, nil
+}
+
+func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
+	var in RemoveNodeRequest
+	if err := r.decode(&in); err != nil {
+		return nil, err
+	}
+	name := r.PathValue("name")
+	if _, member := s.State.View().Nodes[name]; !member {
+		return nil, notFound("no node is named %q; `sallyport status` lists them", name)
+	}
+	if name == s.Node {
+		return nil, invalid("%s is the leader now: ask another node to lead, by stopping this one, and repeat", name)
+	}
+	if in.Reason == "" {
+		return nil, invalid("a reason is needed")
+	}
+	ev, err := s.propose(w, r, event.TypeNodeRemoved, "node/"+name, event.Any, event.NodeRemoved{Name: name, Reason: in.Reason})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 15*time.Second)
+	defer cancel()
+	if err := s.Store.Remove(ctx, name); err != nil {
+		return nil, fmt.Errorf("%s is no member any more, but Raft still counts it: %w", name, err)
+	}
+	return Committed{ev.Seq, ev.Index, ev.Time}, nil
+}
+
+func (s *Server) meshStatus(w http.ResponseWriter, r *http.Request) {
+	reply(w, s.LocalStatus(r.Context()))
+}
+
+func (s *Server) meshSessions(w http.ResponseWriter, _ *http.Request) { reply(w, s.localSessions()) }
+
+// meshAnnounce lets a member that runs into Raft.
+func (s *Server) meshAnnounce(w http.ResponseWriter, r *http.Request) {
+	peer := tunnel.Peer(r.Context())
+	info := s.State.View().Nodes[peer]
+	if !s.Store.IsLeader() {
+		fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 15*time.Second)
+	defer cancel()
+	if err := s.Store.AddVoter(ctx, peer, info.Addr); err != nil {
+		fail(w, problem(err))
+		return
+	}
+	reply(w, struct{}{})
+}
+
+// Announce tells node that this one runs and can take part in Raft. A node
+// that is not the leader refuses; the caller goes on to the next.
+func (s *Server) Announce(ctx context.Context, node string) error {
+	return s.exchange(ctx, http.MethodPost, node, "/mesh/v1/announce", struct{}{}, nil)
+}

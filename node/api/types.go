@@ -1,0 +1,222 @@
+package api
+
+import (
+	"time"
+
+	"github.com/sallyport/sallyport/node/session"
+	"github.com/sallyport/sallyport/raftstore/event"
+)
+
+// Problem is every error's body.
+type Problem struct {
+	Code   string   `json:"code"`            // for programs: unauthenticated, forbidden, not-found, conflict, invalid, unavailable, internal
+	Error  string   `json:"error"`           // for people: what, why and what to do
+	Lines  []string `json:"lines,omitempty"` // one per problem in an uploaded configuration
+	Status int      `json:"-"`
+}
+
+// Whoami says who the caller is to this cluster.
+type Whoami struct {
+	Subject string         `json:"subject"`
+	Kind    string         `json:"kind"`
+	Groups  []string       `json:"groups"`
+	Claims  map[string]any `json:"claims,omitempty"`
+	Expires time.Time      `json:"expires"`
+	Node    string         `json:"node"`
+}
+
+// NodeStatus is one node as it sees itself.
+type NodeStatus struct {
+	Node         string    `json:"node"`
+	Addr         string    `json:"addr"`
+	Reachable    bool      `json:"reachable"`
+	Error        string    `json:"error,omitempty"`
+	Version      string    `json:"version,omitempty"`
+	Started      time.Time `json:"started,omitzero"`
+	Now          time.Time `json:"now,omitzero"`
+	RaftState    string    `json:"raft_state,omitempty"`
+	Voter        bool      `json:"voter"`
+	Leader       string    `json:"leader,omitempty"`
+	Term         uint64    `json:"term,omitempty"`
+	LastIndex    uint64    `json:"last_index,omitempty"`
+	CommitIndex  uint64    `json:"commit_index,omitempty"`
+	AppliedIndex uint64    `json:"applied_index,omitempty"`
+	Events       uint64    `json:"events,omitempty"`
+	Chain        string    `json:"chain,omitempty"` // hash chain over all events, hex: equal on nodes with equal events
+	ConfigIndex  uint64    `json:"config_index,omitempty"`
+	ConfigError  string    `json:"config_error,omitempty"`
+	Sessions     int       `json:"sessions"`
+	Spool        Spool     `json:"spool,omitzero"`
+	Dev          bool      `json:"dev,omitempty"`
+	// Targets tells, by name, whether the administrative login works ("ok" or why not).
+	Targets map[string]string `json:"targets,omitempty"`
+}
+
+// Spool is how far a node's recordings are behind the store.
+type Spool struct {
+	Open         int           `json:"open"`
+	BytesWaiting int64         `json:"bytes_waiting"`
+	OldestUnsent time.Duration `json:"oldest_unsent_ns"`
+	Store        string        `json:"store"`
+	LastError    string        `json:"last_error,omitempty"`
+}
+
+// Status is the whole cluster as the answering node could reach it.
+type Status struct {
+	Cluster string       `json:"cluster"`
+	Nodes   []NodeStatus `json:"nodes"`
+}
+
+// Sessions are the live sessions of the nodes that answered.
+type Sessions struct {
+	Sessions    []session.Info    `json:"sessions"`
+	Unreachable map[string]string `json:"unreachable,omitempty"` // nodes that did not answer, and why
+}
+
+// ConfigUpload is a configuration directory, its secrets apart.
+type ConfigUpload struct {
+	Files   []event.ConfigFile `json:"files"`
+	Secrets map[string][]byte  `json:"secrets,omitempty"` // name -> value; names without one are kept
+	// Expect is the index of the configuration the plan was made against; an
+	// apply on any other is refused.
+	Expect uint64 `json:"expect"`
+	// DryRun only plans.
+	DryRun bool `json:"dry_run,omitempty"`
+}
+
+// ConfigResult is what an upload changed, or would.
+type ConfigResult struct {
+	Changes []string `json:"changes"`
+	Index   uint64   `json:"index"` // of the configuration: applied, or planned against
+	Applied bool     `json:"applied"`
+}
+
+// ConfigDownload is the applied configuration, secrets left out.
+type ConfigDownload struct {
+	Index       uint64             `json:"index"`
+	Digest      string             `json:"digest"`
+	Files       []event.ConfigFile `json:"files"`
+	SecretNames []string           `json:"secret_names"`
+}
+
+// JoinTokenRequest asks for a token for `cluster join`.
+type JoinTokenRequest struct {
+	TTL time.Duration `json:"ttl_ns"`
+}
+
+// JoinTokenReply holds the token; it is shown once.
+type JoinTokenReply struct {
+	Token   string    `json:"token"`
+	Expires time.Time `json:"expires"`
+}
+
+// JoinRequest is a new node's. It is authenticated by the token alone.
+type JoinRequest struct {
+	TokenID   string   `json:"token_id"`
+	Secret    string   `json:"secret"`
+	Name      string   `json:"name"`
+	Addr      string   `json:"addr"`
+	CSR       []byte   `json:"csr"` // DER; only its public key is used
+	Hosts     []string `json:"hosts"`
+	Recipient string   `json:"recipient"` // age recipient of the node
+}
+
+// JoinReply makes the node a member.
+type JoinReply struct {
+	Cluster string           `json:"cluster"`
+	CA      []byte           `json:"ca"`   // DER
+	Cert    []byte           `json:"cert"` // DER
+	Peers   []event.NodeInfo `json:"peers"`
+}
+
+// RemoveNodeRequest removes a member.
+type RemoveNodeRequest struct {
+	Reason string `json:"reason"`
+}
+
+// ApprovalInfo is an approval request as shown to approvers.
+type ApprovalInfo struct {
+	ID       string            `json:"id"`
+	State    string            `json:"state"`
+	Session  string            `json:"session"`
+	Node     string            `json:"node"`
+	Subject  string            `json:"subject"`
+	Claims   map[string]any    `json:"claims,omitempty"`
+	Target   string            `json:"target"`
+	Database string            `json:"database"`
+	Digest   string            `json:"digest"`
+	Text     string            `json:"text,omitempty"` // what will run; only in a single request's answer
+	Detail   map[string]string `json:"detail,omitempty"`
+	Rules    []string          `json:"rules"`
+	Groups   []string          `json:"groups"`
+	Count    int               `json:"count"`
+	Asked    time.Time         `json:"asked"`
+	Expires  time.Time         `json:"expires"`
+	Votes    []VoteInfo        `json:"votes,omitempty"`
+	Ended    string            `json:"ended,omitempty"`
+}
+
+// VoteInfo is one approver's decision.
+type VoteInfo struct {
+	Approver string    `json:"approver"`
+	Approve  bool      `json:"approve"`
+	Comment  string    `json:"comment,omitempty"`
+	At       time.Time `json:"at"`
+}
+
+// VoteRequest approves or denies.
+type VoteRequest struct {
+	Comment string `json:"comment,omitempty"`
+}
+
+// RevokeRequest revokes a subject.
+type RevokeRequest struct {
+	Subject string `json:"subject"`
+	Reason  string `json:"reason"`
+}
+
+// RevocationInfo is a revocation and what it did.
+type RevocationInfo struct {
+	ID      string             `json:"id"`
+	Subject string             `json:"subject"`
+	Reason  string             `json:"reason"`
+	At      time.Time          `json:"at"`
+	Index   uint64             `json:"index"`
+	Undone  time.Time          `json:"undone,omitzero"`
+	Nodes   []event.NodeFenced `json:"nodes,omitempty"`
+}
+
+// UndoRequest undoes a revocation.
+type UndoRequest struct {
+	Reason string `json:"reason"`
+}
+
+// EventInfo is an event as shown.
+type EventInfo struct {
+	Seq       uint64         `json:"seq"`
+	Index     uint64         `json:"index"`
+	Term      uint64         `json:"term"`
+	Time      time.Time      `json:"time"`
+	Type      string         `json:"type"`
+	Version   uint32         `json:"version"`
+	Aggregate string         `json:"aggregate"`
+	Actor     event.Actor    `json:"actor"`
+	Chain     string         `json:"chain"`
+	Payload   map[string]any `json:"payload"`
+}
+
+// Proposal is what one node asks the leader to propose for it: the opening and
+// the ending of an approval request.
+type Proposal struct {
+	Type    string `json:"type"`
+	ID      event.ID
+	Payload []byte `json:"payload"`
+	Token   string `json:"token,omitempty"` // the caller's own token, verified again by the leader
+}
+
+// Committed answers a state change.
+type Committed struct {
+	Seq   uint64    `json:"seq"`
+	Index uint64    `json:"index"`
+	Time  time.Time `json:"time"`
+}

@@ -1,0 +1,151 @@
+// Package config holds a node's own settings, node.yaml in its data directory.
+// What the cluster shares (targets, policies) is not here but in node/bundle.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"gopkg.in/yaml.v3"
+)
+
+// FileName is the settings file's name in a data directory.
+const FileName = "node.yaml"
+
+// Config is one node's settings. Zero values mean the default named in the comment.
+type Config struct {
+	// Name is the node's name in the cluster: lower-case letters, digits and dashes.
+	Name string `yaml:"name"`
+	// Addr is the host:port that clients and other nodes use, TCP and UDP alike.
+	Addr string `yaml:"addr"`
+	// Listen is the host:port to bind; the default is Addr.
+	Listen string `yaml:"listen,omitempty"`
+	// Recordings is where finished and running recordings are copied to: a
+	// directory, or s3://bucket/prefix?endpoint=…&region=…. The default is
+	// DATADIR/recordings.
+	Recordings string `yaml:"recordings,omitempty"`
+	// SpoolBytes bounds recordings not yet in the store; when it is reached,
+	// commands are refused. Default 2 GiB.
+	SpoolBytes int64 `yaml:"spoolBytes,omitempty"`
+	// SegmentAge is how long an entry waits at most before its segment is
+	// sent to the store. Default 5s.
+	SegmentAge time.Duration `yaml:"segmentAge,omitempty"`
+	// HeartbeatTimeout is Raft's; raise it on slow disks. Default 500ms.
+	HeartbeatTimeout time.Duration `yaml:"heartbeatTimeout,omitempty"`
+	// MaxConnections bounds all client connections of this node. Default 4096.
+	MaxConnections int `yaml:"maxConnections,omitempty"`
+	// MaxUnauthenticated bounds those that have not logged in yet. Default 1024.
+	MaxUnauthenticated int `yaml:"maxUnauthenticated,omitempty"`
+	// MaxUnauthenticatedPerIP bounds them by client address. Default 256.
+	MaxUnauthenticatedPerIP int `yaml:"maxUnauthenticatedPerIP,omitempty"`
+	// Dev accepts what is for local trials only: tokens of `sallyport
+	// dev-issuer`, targets without TLS. Default false.
+	Dev bool `yaml:"dev,omitempty"`
+
+	// DataDir is the directory the file was read from; not stored.
+	DataDir string `yaml:"-"`
+}
+
+// Load reads DIR/node.yaml, fills in defaults and validates.
+func Load(dir string) (*Config, error) {
+	path := filepath.Join(dir, FileName)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s holds no node: make one with `sallyport cluster init` or `sallyport cluster join`", dir)
+	} else if err != nil {
+		return nil, err
+	}
+	c := &Config{}
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	dec.KnownFields(true)
+	if err := dec.Decode(c); err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	c.DataDir = dir
+	c.SetDefaults()
+	if err := c.Validate(); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// Save writes DIR/node.yaml; it refuses to overwrite one.
+func (c *Config) Save() error {
+	data, err := yaml.Marshal(c)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(c.DataDir, FileName), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// SetDefaults replaces zero values by the defaults.
+func (c *Config) SetDefaults() {
+	if c.Listen == "" {
+		c.Listen = c.Addr
+	}
+	if c.Recordings == "" {
+		c.Recordings = filepath.Join(c.DataDir, "recordings")
+	}
+	if c.SpoolBytes == 0 {
+		c.SpoolBytes = 2 << 30
+	}
+	if c.SegmentAge == 0 {
+		c.SegmentAge = 5 * time.Second
+	}
+	if c.HeartbeatTimeout == 0 {
+		c.HeartbeatTimeout = 500 * time.Millisecond
+	}
+	if c.MaxConnections == 0 {
+		c.MaxConnections = 4096
+	}
+	if c.MaxUnauthenticated == 0 {
+		c.MaxUnauthenticated = 1024
+	}
+	if c.MaxUnauthenticatedPerIP == 0 {
+		c.MaxUnauthenticatedPerIP = 256
+	}
+}
+
+var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// ValidName reports whether name can name a node.
+func ValidName(name string) bool { return nameRE.MatchString(name) }
+
+// Validate says what is wrong with the settings, in words that name the field.
+func (c *Config) Validate() error {
+	var errs []error
+	if !ValidName(c.Name) {
+		errs = append(errs, fmt.Errorf("name: %q is not a node name (lower-case letters, digits and dashes, at most 63)", c.Name))
+	}
+	for _, f := range []struct{ field, addr string }{{"addr", c.Addr}, {"listen", c.Listen}} {
+		host, port, err := net.SplitHostPort(f.addr)
+		if err != nil || port == "" || port == "0" || (f.field == "addr" && host == "") {
+			errs = append(errs, fmt.Errorf("%s: %q is not host:port", f.field, f.addr))
+		}
+	}
+	if c.SpoolBytes < 16<<20 {
+		errs = append(errs, fmt.Errorf("spoolBytes: %d is below the least, 16 MiB (16777216)", c.SpoolBytes))
+	}
+	if c.SegmentAge < 100*time.Millisecond || c.SegmentAge > 10*time.Minute {
+		errs = append(errs, fmt.Errorf("segmentAge: %v is not between 100ms and 10m", c.SegmentAge))
+	}
+	if c.HeartbeatTimeout < 100*time.Millisecond || c.HeartbeatTimeout > time.Minute {
+		errs = append(errs, fmt.Errorf("heartbeatTimeout: %v is not between 100ms and 1m", c.HeartbeatTimeout))
+	}
+	if c.MaxConnections < 1 || c.MaxUnauthenticated < 1 || c.MaxUnauthenticatedPerIP < 1 {
+		errs = append(errs, errors.New("maxConnections, maxUnauthenticated and maxUnauthenticatedPerIP must be positive"))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,471 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base32"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/node/approval"
+	"github.com/sallyport/sallyport/node/bundle"
+	"github.com/sallyport/sallyport/node/identity"
+	"github.com/sallyport/sallyport/node/pki"
+	"github.com/sallyport/sallyport/node/session"
+	"github.com/sallyport/sallyport/node/state"
+	"github.com/sallyport/sallyport/node/vault"
+	"github.com/sallyport/sallyport/policy"
+	"github.com/sallyport/sallyport/protocols"
+	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/recording"
+)
+
+// newEnv is what protocols see of the node.
+func (n *Node) newEnv() *protocols.Env {
+	return &protocols.Env{
+		Authenticate: n.authenticate,
+		Open:         n.open,
+		Decide:       n.decide,
+		PolicyIndex:  func() uint64 { return n.state.View().ConfigIndex },
+		Ask:          n.ask,
+		Now:          time.Now,
+		Log:          n.log,
+	}
+}
+
+// decide judges at the newest configuration. Whoever holds the bootstrap
+// certificate may call the API even when no rule says so, or no configuration
+// has been applied yet; a forbid stands against them like against anybody.
+func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
+	v := n.state.View()
+	var d policy.Decision
+	if v.Config != nil {
+		d = v.Config.Policies.Decide(req)
+	} else {
+		d = policy.Decision{Rule: "default-deny", Reason: "no configuration has been applied: an administrator runs `sallyport apply`"}
+		if v.ConfigErr != nil {
+			d.Reason = "this node cannot read the applied configuration, so it refuses everything"
+		}
+	}
+	if d.Effect == policy.Refuse && d.Rule == "default-deny" && req.Subject.Provider == policy.BootstrapProvider && allAPI(req.Pairs) {
+		return policy.Decision{Effect: policy.Permit, Rule: "bootstrap-administrator"}, v.ConfigIndex
+	}
+	return d, v.ConfigIndex
+}
+
+func allAPI(pairs []policy.Pair) bool {
+	for _, p := range pairs {
+		switch p.Action {
+		case policy.AdminApply, policy.AdminCluster, policy.Revoke, policy.RecordingsRead, policy.SessionsRead, policy.EventsRead, policy.ApprovalsRead, policy.StatusRead:
+		default:
+			return false
+		}
+	}
+	return len(pairs) > 0
+}
+
+// tokenKeep holds the token of a caller between login and the end of its
+// session: an approval request is made with the caller's own token. Tokens are
+// in memory only. Its size is bounded by the node's connections.
+type tokenKeep struct {
+	mu sync.Mutex
+	m  map[*policy.Subject]vault.Secret
+}
+
+func (k *tokenKeep) put(s *policy.Subject, token string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.m == nil {
+		k.m = map[*policy.Subject]vault.Secret{}
+	}
+	k.m[s] = vault.NewSecret(token)
+}
+
+func (k *tokenKeep) get(s *policy.Subject) string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.m[s].Reveal()
+}
+
+func (k *tokenKeep) drop(s *policy.Subject) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.m, s)
+}
+
+// authenticate says who presents a token at a login, and records a refusal.
+func (n *Node) authenticate(ctx context.Context, cred *protocols.Credential) (*policy.Subject, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	subject, err := n.verifier.Verify(ctx, cred.Token)
+	if err == nil {
+		if rev, revoked := n.state.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
+			err = revokedError(subject, rev)
+		}
+	}
+	if err != nil {
+		var ae *protocols.AuthError
+		if !errors.As(err, &ae) {
+			ae = &protocols.AuthError{Code: "internal", Reason: "the token could not be checked"}
+			n.log.Error("verifying a token", "err", err)
+		}
+		e := &recording.Entry{Type: recording.Decided, Verb: "login", Effect: "refuse", Rule: ae.Code, Reason: ae.Reason,
+			Detail: map[string]string{"protocol": cred.Protocol, "login": cred.Login, "client": hostOf(cred.Client)}}
+		if subject != nil {
+			e.Actor = subject.ID()
+		}
+		n.audit.refusal(e)
+		return nil, ae
+	}
+	n.tokens.put(subject, cred.Token)
+	return subject, nil
+}
+
+func revokedError(s *policy.Subject, rev *state.Revocation) *protocols.AuthError {
+	if rev == nil {
+		return &protocols.AuthError{Code: "revoked", Reason: "this token was issued before a revocation of its subject was undone: get a new one"}
+	}
+	return &protocols.AuthError{Code: "revoked", Reason: fmt.Sprintf("access of %s has been revoked (%s): %s", s.ID(), rev.ID, rev.Reason)}
+}
+
+func hostOf(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	return host
+}
+
+// newSessionID is 80 random bits: ids name recordings and must not be guessed
+// or met twice.
+func newSessionID() string {
+	var b [10]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(b[:]))
+}
+
+// open judges whether subject may connect, begins the recording and registers
+// the session.
+func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.Subject, want protocols.Want) (*protocols.Access, error) {
+	client := hostOf(s.Client.RemoteAddr())
+	v := n.state.View()
+	refuse := func(r *protocols.Refusal) (*protocols.Access, error) {
+		n.tokens.drop(subject)
+		n.audit.refusal(&recording.Entry{Type: recording.Decided, Verb: "connect", Effect: "refuse", Rule: r.Rule, Reason: r.Reason,
+			Actor: subject.ID(), PolicyIndex: v.ConfigIndex, Actions: []string{string(policy.Connect) + " " + want.Target + "/" + want.Database},
+			Detail: map[string]string{"protocol": want.Protocol, "client": client, "profile": want.Profile, "token_id": subject.TokenID}})
+		return nil, r
+	}
+	target, refusal := n.targetFor(v, want)
+	if refusal != nil {
+		return refuse(refusal)
+	}
+	req := &policy.Request{
+		Subject: subject,
+		Pairs:   []policy.Pair{{Action: policy.Connect, Resource: policy.Resource{Type: policy.Database, Path: []string{want.Target, want.Database}}}},
+		Context: policy.Context{Now: time.Now(), Profile: want.Profile, Database: want.Database, ClientAddr: client, Protocol: want.Protocol},
+	}
+	d, index := n.decide(req)
+	if d.Effect != policy.Permit {
+		reason := d.Reason
+		if d.Effect == policy.Hold {
+			reason = "connecting cannot be held for approval; hold the commands instead"
+		}
+		return refuse(&protocols.Refusal{Rule: d.Rule, Reason: reason, Code: "28000"})
+	}
+	if _, ok := target.RoleFor(subject.Groups, want.Profile); !ok {
+		return refuse(&protocols.Refusal{Rule: "no-role", Code: "28000",
+			Reason: fmt.Sprintf("target %s maps none of the groups %v to a role%s", want.Target, subject.Groups, profileNote(want.Profile))})
+	}
+	now := time.Now()
+	id := newSessionID()
+	deadline := now.Add(target.MaxSession)
+	w, err := n.spool.Begin(recording.Header{
+		Session: id, Kind: "session", Started: now,
+		Subject: subject.ID(), SubjectKind: string(subject.Kind), Issuer: subject.Issuer, Groups: subject.Groups, Claims: subject.Claims, TokenID: subject.TokenID,
+		Client: client, Protocol: want.Protocol, Target: want.Target, Profile: want.Profile, Database: want.Database,
+		PolicyIndex: index, Protection: "gateway", Labels: map[string]string{"application_name": want.ApplicationName, "rule": d.Rule},
+	})
+	if err != nil {
+		n.log.Error("a recording could not be begun; the session is refused", "err", err)
+		return refuse(&protocols.Refusal{Rule: "no-record", Reason: "this node cannot record now, and nothing is forwarded unrecorded: connect to another node or tell its operator", Code: "57P03"})
+	}
+	e := session.NewEntry(session.Info{
+		ID: id, Node: n.cfg.Name, Subject: subject.ID(), Target: want.Target, Profile: want.Profile, Database: want.Database, Client: client,
+		Application: want.ApplicationName, Started: now, Deadline: deadline, PolicyIndex: index, Claims: subject.Claims,
+	})
+	closeRecord := func(end recording.Ending) {
+		if err := w.Close(end); err != nil {
+			n.log.Error("completing a recording", "session", id, "err", err)
+		}
+	}
+	if r := n.sessions.Add(e); r != nil {
+		closeRecord(recording.Ending{At: now, Reason: "refused", Detail: r.Reason})
+		return refuse(r)
+	}
+	// Registered: a revocation from now on finds the session. One before it is
+	// in the state by now.
+	if rev, revoked := n.state.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
+		n.sessions.Done(e)
+		closeRecord(recording.Ending{At: now, Reason: "revoked"})
+		return refuse(&protocols.Refusal{Rule: "revoked", Reason: revokedError(subject, rev).Reason, Code: "28000"})
+	}
+	expiry := time.AfterFunc(time.Until(deadline), func() {
+		cctx, cancel := context.WithTimeout(context.Background(), fenceWait)
+		defer cancel()
+		_ = e.Cut(cctx, &protocols.Refusal{Rule: "max-session", Reason: fmt.Sprintf("sessions on target %s last at most %v: connect again", want.Target, target.MaxSession), Code: "57P01"})
+	})
+	var once sync.Once
+	return &protocols.Access{
+		SessionID: id, Subject: subject, Target: want.Target, Profile: want.Profile, Database: want.Database, Client: client,
+		Index: index, Record: w, Fence: &e.Fence, Deadline: deadline, Stats: &e.Stats,
+		Sensitive: sensitive(target, want.Database),
+		Credential: func(ctx context.Context) (protocols.Lease, error) {
+			l, err := n.targets.issue(ctx, want.Target, subject, id, want.Database, want.Profile, deadline)
+			if err != nil {
+				return nil, err
+			}
+			e.SetLease(l)
+			return &backgroundRelease{Lease: l, n: n, id: id}, nil
+		},
+		OnCut: e.OnCut,
+		Close: func(end recording.Ending) {
+			once.Do(func() {
+				expiry.Stop()
+				n.sessions.Done(e)
+				n.tokens.drop(subject)
+				closeRecord(end)
+			})
+		},
+	}, nil
+}
+
+func profileNote(profile string) string {
+	if profile == "" {
+		return ""
+	}
+	return fmt.Sprintf(" with profile %q", profile)
+}
+
+// targetFor finds what the session wants, or says why it cannot have it. The
+// same words for what does not exist and what is not to be seen would tell a
+// caller less; whoever gets here has been authenticated, and needs the help.
+func (n *Node) targetFor(v *state.View, want protocols.Want) (*bundle.Target, *protocols.Refusal) {
+	if v.Config == nil {
+		return nil, &protocols.Refusal{Rule: "no-configuration", Reason: "this cluster has no usable configuration: an administrator runs `sallyport apply`", Code: "57P03"}
+	}
+	t := v.Config.Targets[want.Target]
+	switch {
+	case t == nil || t.Protocol != want.Protocol:
+		return nil, &protocols.Refusal{Rule: "no-target", Reason: fmt.Sprintf("there is no %s target %q: the user name names the target, optionally as target.profile", want.Protocol, want.Target), Code: "28000"}
+	case t.Dev && !n.cfg.Dev:
+		return nil, &protocols.Refusal{Rule: "no-target", Reason: fmt.Sprintf("target %q is for trials; this node was not started with --dev", want.Target), Code: "28000"}
+	case !t.Allows(want.Database):
+		return nil, &protocols.Refusal{Rule: "no-database", Reason: fmt.Sprintf("database %q is not open on target %q; name one of: %s", want.Database, want.Target, strings.Join(t.Databases, ", ")), Code: "3D000"}
+	}
+	return t, nil
+}
+
+func sensitive(t *bundle.Target, database string) []policy.Resource {
+	var out []policy.Resource
+	for _, s := range t.Sensitive {
+		if s.Database == database {
+			out = append(out, policy.Resource{Type: policy.Column, Path: []string{t.Name, s.Database, s.Schema, s.Table, s.Column}})
+		}
+	}
+	return out
+}
+
+// backgroundRelease drops the account after the session has ended, so that
+// neither a client nor a revocation waits for it.
+type backgroundRelease struct {
+	protocols.Lease
+	n    *Node
+	id   string
+	once sync.Once
+}
+
+func (b *backgroundRelease) Release(context.Context) error {
+	b.once.Do(func() {
+		b.n.background.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			if err := b.Lease.Release(ctx); err != nil {
+				b.n.log.Warn("a session's account was not dropped; the sweeper will", "session", b.id, "err", err)
+			}
+		})
+	})
+	return nil
+}
+
+// ask brings a held operation to the approvers.
+func (n *Node) ask(ctx context.Context, h *protocols.Hold) (protocols.Ticket, error) {
+	token := n.tokens.get(h.Access.Subject)
+	if token == "" {
+		return nil, errors.New("the session's token is gone")
+	}
+	return n.approvals.Ask(ctx, h, token)
+}
+
+// propose brings an event of this node to the leader.
+func (n *Node) propose(ctx context.Context, typ string, id event.ID, payload any, token string) (uint64, error) {
+	data, err := json.Marshal(payload)
+	if err != nil {
+		return 0, err
+	}
+	c, err := n.api.Propose(ctx, &api.Proposal{Type: typ, ID: id, Payload: data, Token: token})
+	if err != nil {
+		return 0, err
+	}
+	return c.Seq, nil
+}
+
+var errNoVault = errors.New("this node has not received the cluster's vault yet")
+
+func (n *Node) seal(name string, plain []byte) (event.Sealed, error) {
+	v := n.state.View()
+	if v.VaultRecipient == "" {
+		return nil, errNoVault
+	}
+	return vault.Seal(v.VaultRecipient, name, plain)
+}
+
+func (n *Node) unseal(name string, sealed event.Sealed) ([]byte, error) {
+	v := n.vault.Load()
+	if v == nil {
+		return nil, errNoVault
+	}
+	return v.Open(name, sealed)
+}
+
+// verifyVote checks an approver's own credential from what the vote holds: a
+// token that was valid when the vote was stored, or a signature over exactly
+// this approval of exactly this request.
+func (n *Node) verifyVote(ctx context.Context, a *state.Approval, vote state.Vote) (*policy.Subject, error) {
+	plain, err := n.unseal(approval.ProofName(a.ID, vote.Approver), vote.Proof)
+	if err != nil {
+		return nil, err
+	}
+	var p identity.Proof
+	if err := json.Unmarshal(plain, &p); err != nil {
+		return nil, err
+	}
+	if p.Kind == identity.Certificate {
+		want := fmt.Sprintf("/v1/approvals/%s/approve?digest=%x", a.ID, a.Digest)
+		if p.Method != http.MethodPost || p.Path != want {
+			return nil, errors.New("the signature is for another call")
+		}
+	}
+	return n.verifier.VerifyProof(ctx, &p, identity.ProofOptions{Roots: pki.Pool(n.ca.Raw), Cluster: n.cluster, At: vote.At})
+}
+
+// apiDeps is what the API sees of the node.
+func (n *Node) apiDeps() api.Deps {
+	return api.Deps{
+		Node: n.cfg.Name, Dev: n.cfg.Dev, Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh,
+		Authenticate: n.authenticateRequest, Decide: n.decide,
+		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
+		Seal:        n.seal, Open: n.unseal, SignNode: n.signMember,
+		Fence: n.fence, LocalStatus: n.status, Audit: n.audit.call,
+		Now: time.Now, Log: n.log,
+	}
+}
+
+func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []byte, relayed bool) (*policy.Subject, []byte, error) {
+	p, err := identity.ProofFromRequest(r, body)
+	if err != nil {
+		return nil, nil, err
+	}
+	nonces := &n.nonces
+	if relayed {
+		nonces = &n.relayedNonces
+	}
+	subject, err := n.verifier.VerifyProof(ctx, p, identity.ProofOptions{Roots: pki.Pool(n.ca.Raw), Cluster: n.cluster, Nonces: nonces})
+	if err != nil {
+		return nil, nil, err
+	}
+	proof, err := json.Marshal(p)
+	return subject, proof, err
+}
+
+// signMember issues a member's certificate with the CA's key, unsealed for
+// just this.
+func (n *Node) signMember(req *api.JoinRequest) (event.NodeInfo, error) {
+	v := n.state.View()
+	vlt := n.vault.Load()
+	if vlt == nil {
+		return event.NodeInfo{}, errNoVault
+	}
+	keyDER, err := vlt.Open(caKeyName, v.CAKey)
+	if err != nil {
+		return event.NodeInfo{}, err
+	}
+	ca, err := pki.LoadCA(v.CA, keyDER)
+	if err != nil {
+		return event.NodeInfo{}, err
+	}
+	return signNode(ca, vlt, req, n.cluster, time.Now())
+}
+
+// fence answers when this node has stopped everything of the revocations up to
+// event seq.
+func (n *Node) fence(ctx context.Context, seq uint64) (event.NodeFenced, error) {
+	for n.state.View().Seq < seq {
+		changed := n.state.Changed()
+		if n.state.View().Seq >= seq {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return event.NodeFenced{}, fmt.Errorf("this node has not received the revocation: %w", ctx.Err())
+		}
+	}
+	return n.fences.wait(ctx, seq)
+}
+
+// providers are the identity providers of the configuration; those for trials
+// only on a node for trials.
+func providers(v *state.View, dev bool) []identity.ProviderConfig {
+	if v.Config == nil {
+		return nil
+	}
+	var out []identity.ProviderConfig
+	for _, p := range v.Config.Providers {
+		if dev || !p.Dev {
+			out = append(out, p.ProviderConfig)
+		}
+	}
+	slices.SortFunc(out, func(a, b identity.ProviderConfig) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// servePostgres serves one PostgreSQL connection.
+func (n *Node) servePostgres(ctx context.Context) func(context.Context, net.Conn, bool, func()) {
+	return func(_ context.Context, c net.Conn, direct bool, authenticated func()) {
+		env := *n.env
+		open := env.Open
+		env.Open = func(ctx context.Context, s *protocols.Session, sub *policy.Subject, want protocols.Want) (*protocols.Access, error) {
+			a, err := open(ctx, s, sub, want)
+			if err == nil {
+				authenticated()
+			}
+			return a, err
+		}
+		s := &protocols.Session{Client: c, Secured: direct, Protocol: n.postgres.Name(), Env: &env}
+		if err := n.postgres.Serve(ctx, s); err != nil {
+			n.log.Debug("session ended", "client", c.RemoteAddr(), "err", err)
+		}
+	}
+}

@@ -1,0 +1,536 @@
+// Package node puts a Sallyport node together and owns every goroutine that
+// outlives a connection: what is started, and in which order it stops, is one
+// list in Run.
+package node
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/node/approval"
+	"github.com/sallyport/sallyport/node/config"
+	"github.com/sallyport/sallyport/node/identity"
+	"github.com/sallyport/sallyport/node/listener"
+	"github.com/sallyport/sallyport/node/pki"
+	"github.com/sallyport/sallyport/node/session"
+	"github.com/sallyport/sallyport/node/state"
+	"github.com/sallyport/sallyport/node/tunnel"
+	"github.com/sallyport/sallyport/node/vault"
+	"github.com/sallyport/sallyport/protocols"
+	"github.com/sallyport/sallyport/protocols/postgres"
+	"github.com/sallyport/sallyport/raftstore"
+	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/transport"
+	"github.com/sallyport/sallyport/recording/spool"
+	"github.com/sallyport/sallyport/recording/upload"
+)
+
+// DrainTimeout is how long sessions may go on after the node was told to stop.
+const DrainTimeout = 20 * time.Second
+
+// Node is one node of a cluster.
+type Node struct {
+	cfg     *config.Config
+	version string
+	log     *slog.Logger
+	started time.Time
+
+	key     *ecdsa.PrivateKey
+	cert    *x509.Certificate
+	ca      *x509.Certificate
+	cluster string
+	ident   *vault.NodeIdentity
+	first   *firstEvent
+	seeds   []event.NodeInfo
+
+	store     *raftstore.Store
+	endpoint  *transport.Endpoint
+	state     *state.Projection
+	vault     atomic.Pointer[vault.Vault]
+	verifier  *identity.Verifier
+	sessions  *session.Registry
+	approvals *approval.Service
+	mesh      *tunnel.Mesh
+	api       *api.Server
+	spool     *spool.Spool
+	audit     *audit
+	targets   *targets
+	fences    *fences
+	postgres  *postgres.Protocol
+	env       *protocols.Env
+	tokens    tokenKeep
+
+	// nonces refuse repeated signed requests: at this node's own door, and
+	// where another node hands one on.
+	nonces, relayedNonces identity.Nonces
+
+	// background are short tasks that outlive their session: handing over and
+	// dropping a session's account. Run waits for them.
+	background sync.WaitGroup
+	fatal      chan error
+}
+
+// New reads the node's keys; it starts nothing.
+func New(cfg *config.Config, version string, log *slog.Logger) (*Node, error) {
+	n := &Node{cfg: cfg, version: version, log: log, fatal: make(chan error, 1)}
+	file := func(name string) string { return filepath.Join(cfg.DataDir, name) }
+	var err error
+	if n.key, err = pki.LoadKey(file(nodeKeyFile)); err != nil {
+		return nil, err
+	}
+	if n.cert, err = pki.LoadCert(file(nodeCertFile)); err != nil {
+		return nil, err
+	}
+	if n.ca, err = pki.LoadCert(file(caFile)); err != nil {
+		return nil, err
+	}
+	id, err := pki.ParseIdentity(n.cert)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := pki.VerifyPeer(n.cert, pki.Pool(n.ca.Raw), id.Cluster, pki.Voter); err != nil {
+		return nil, fmt.Errorf("this node's certificate is not good: %w", err)
+	}
+	if id.Name != cfg.Name {
+		return nil, fmt.Errorf("%s names the node %q, its certificate %q", config.FileName, cfg.Name, id.Name)
+	}
+	n.cluster = id.Cluster
+	if n.ident, err = vault.LoadNodeIdentity(file(identityFile)); err != nil {
+		return nil, err
+	}
+	n.first = &firstEvent{}
+	if ok, err := loadJSON(file(bootstrapFile), n.first); err != nil {
+		return nil, fmt.Errorf("%s: %w", bootstrapFile, err)
+	} else if !ok {
+		n.first = nil
+	}
+	if _, err := loadJSON(file(peersFile), &n.seeds); err != nil {
+		return nil, fmt.Errorf("%s: %w", peersFile, err)
+	}
+	return n, nil
+}
+
+// Run runs the node until ctx ends or something fails that it cannot go on
+// without; everything it started has ended when it returns.
+func (n *Node) Run(ctx context.Context) (err error) {
+	n.started = time.Now()
+	var stops []func() // undone last to first
+	defer func() {
+		for i := len(stops) - 1; i >= 0; i-- {
+			stops[i]()
+		}
+	}()
+	onStop := func(f func()) { stops = append(stops, f) }
+
+	// The network: one port number, TCP and UDP.
+	ln, err := net.Listen("tcp", n.cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	onStop(func() { ln.Close() })
+	udpAddr, err := net.ResolveUDPAddr("udp", n.cfg.Listen)
+	if err != nil {
+		return err
+	}
+	udp, err := net.ListenUDP("udp", udpAddr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	n.state = state.New(n.log)
+	cert := &tls.Certificate{Certificate: [][]byte{n.cert.Raw, n.ca.Raw}, PrivateKey: n.key, Leaf: n.cert}
+	n.endpoint, err = transport.Listen(transport.EndpointConfig{
+		UDPConn:     udp,
+		Certificate: func() (*tls.Certificate, error) { return cert, nil },
+		Roots:       func() *x509.CertPool { return pki.Pool(n.ca.Raw) },
+		Authorize:   n.authorizePeer,
+		Classes:     []string{transport.ClassRaft, transport.ClassMesh},
+		Log:         n.log,
+	})
+	if err != nil {
+		udp.Close()
+		return err
+	}
+	onStop(func() { n.endpoint.Close() })
+
+	// The event store.
+	n.store, err = raftstore.Open(raftstore.Config{
+		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
+		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
+	})
+	if err != nil {
+		return err
+	}
+	onStop(func() {
+		if err := n.store.Close(); err != nil {
+			n.log.Error("closing the event store", "err", err)
+		}
+	})
+
+	// Recordings. They come before anything that could forward a byte.
+	dest, err := upload.Open(ctx, n.cfg.Recordings)
+	if err != nil {
+		return fmt.Errorf("the store of recordings: %w", err)
+	}
+	n.spool, err = spool.Open(spool.Options{
+		Dir: filepath.Join(n.cfg.DataDir, "spool"), Node: n.cfg.Name, Cluster: n.cluster,
+		Signer: n.key, Certificate: n.cert.Raw, Store: dest,
+		SegmentAge: n.cfg.SegmentAge, MaxSpoolBytes: n.cfg.SpoolBytes, Log: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	spoolCtx, stopSpool := context.WithCancel(context.WithoutCancel(ctx))
+	spoolDone := make(chan struct{})
+	go func() {
+		defer close(spoolDone)
+		if err := n.spool.Run(spoolCtx); err != nil && spoolCtx.Err() == nil {
+			n.fail(fmt.Errorf("recordings: %w", err))
+		}
+	}()
+	onStop(func() {
+		dctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := n.spool.Drain(dctx); err != nil {
+			n.log.Warn("recordings wait in the spool for the next start", "err", err)
+		}
+		if err := n.spool.Close(); err != nil {
+			n.log.Error("closing the spool", "err", err)
+		}
+		stopSpool()
+		<-spoolDone
+	})
+	if n.audit, err = openAudit(n.spool, n.cfg.Name, n.version, n.log); err != nil {
+		return err
+	}
+	onStop(n.audit.close)
+
+	// What acts on the state.
+	n.sessions = session.NewRegistry(n.cfg.MaxConnections)
+	n.verifier, err = identity.NewVerifier(nil, identity.Options{Dev: n.cfg.Dev, Log: n.log})
+	if err != nil {
+		return err
+	}
+	n.targets = newTargets(n)
+	onStop(n.targets.close)
+	n.fences = newFences(n.sessions, n.cfg.Name)
+	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
+	n.approvals = approval.New(approval.Env{
+		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.seal, VerifyVote: n.verifyVote,
+		Decide: n.decide, Now: time.Now, Log: n.log,
+	})
+	n.env = n.newEnv()
+	n.postgres = n.newPostgres(cert)
+	n.api = api.NewServer(n.apiDeps())
+	n.state.OnChange(n.onChange)
+
+	g, gctx := errgroup.WithContext(context.WithoutCancel(ctx))
+	gctx, stopAll := context.WithCancel(gctx)
+	onStop(func() {
+		stopAll()
+		if gerr := g.Wait(); gerr != nil && err == nil {
+			err = gerr
+		}
+		n.background.Wait()
+	})
+	run := func(what string, f func(context.Context) error) {
+		g.Go(func() error {
+			if err := f(gctx); err != nil && gctx.Err() == nil {
+				n.fail(fmt.Errorf("%s: %w", what, err))
+				return err
+			}
+			return nil
+		})
+	}
+	run("event store", func(ctx context.Context) error { return n.store.Follow(ctx, 1, n.state.Fold) })
+	run("mesh", func(ctx context.Context) error { return n.mesh.Serve(ctx, n.api.MeshHandler()) })
+	run("bootstrap", n.bootstrap)
+	run("announce", n.announce)
+	run("sweeper", n.targets.sweep)
+
+	// Clients, once what was known when the node stopped is known again.
+	if err := n.catchUp(ctx); err != nil {
+		return err
+	}
+	httpConns := listener.NewConnListener(ln.Addr())
+	run("API", func(ctx context.Context) error { return n.serveHTTP(ctx, httpConns) })
+	lctx, stopListening := context.WithCancel(gctx)
+	onStop(stopListening)
+	ls := listener.New(listener.Options{
+		TLS:            &tls.Config{Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS12},
+		Postgres:       n.servePostgres(gctx),
+		HTTP:           httpConns,
+		MaxConnections: n.cfg.MaxConnections, MaxUnauthenticated: n.cfg.MaxUnauthenticated, MaxUnauthenticatedPerIP: n.cfg.MaxUnauthenticatedPerIP,
+		Log: n.log,
+	})
+	run("listener", func(context.Context) error { return ls.Run(lctx, ln) })
+	n.log.Info("node is up", "addr", n.cfg.Addr, "cluster", n.cluster, "recordings", dest.String(), "dev", n.cfg.Dev)
+
+	select {
+	case <-ctx.Done():
+		n.log.Info("stopping: no new sessions, waiting for those there are", "at_most", DrainTimeout)
+	case err = <-n.fatal:
+		n.log.Error("stopping: this node cannot go on", "err", err)
+	}
+	stopListening()
+	dctx, cancel := context.WithTimeout(context.Background(), DrainTimeout)
+	if err != nil {
+		cancel() // what is wrong might be what protects the sessions: cut now
+	}
+	n.sessions.Drain(dctx, &protocols.Refusal{Rule: "shutdown", Reason: "this node is shutting down: connect to another node", Code: "57P01"})
+	cancel()
+	return err
+}
+
+// fail stops the node.
+func (n *Node) fail(err error) {
+	select {
+	case n.fatal <- err:
+	default:
+	}
+}
+
+// authorizePeer says which node a certificate is of, and refuses those that
+// were removed. Before the node has any state, the CA's word is enough: it has
+// just joined and must hear from the others.
+func (n *Node) authorizePeer(_ string, leaf *x509.Certificate) (string, error) {
+	id, err := pki.VerifyPeer(leaf, pki.Pool(n.ca.Raw), n.cluster, pki.Voter)
+	if err != nil {
+		return "", err
+	}
+	v := n.state.View()
+	if v.Removed[id.Name] {
+		return "", fmt.Errorf("node %s was removed from the cluster", id.Name)
+	}
+	if info, known := v.Nodes[id.Name]; known && !leaf.Equal(mustCert(info.Cert)) {
+		return "", fmt.Errorf("node %s has another certificate", id.Name)
+	}
+	return id.Name, nil
+}
+
+func mustCert(der []byte) *x509.Certificate {
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		return &x509.Certificate{} // equal to none
+	}
+	return c
+}
+
+// resolve finds a member's address; before there is any state, among those
+// known when the node joined.
+func (n *Node) resolve(name string) (string, bool) {
+	if info, ok := n.state.View().Nodes[name]; ok {
+		return info.Addr, true
+	}
+	if n.state.View().Seq == 0 {
+		for _, s := range n.seeds {
+			if s.Name == name {
+				return s.Addr, true
+			}
+		}
+	}
+	return "", false
+}
+
+// bootstrap brings the first event of a new cluster into the log.
+func (n *Node) bootstrap(ctx context.Context) error {
+	if n.first == nil {
+		return nil
+	}
+	if err := n.store.Bootstrap(); err != nil && !errors.Is(err, raftstore.ErrNotFresh) {
+		return err
+	}
+	payload, err := json.Marshal(n.first.Created)
+	if err != nil {
+		return err
+	}
+	for {
+		_, err := n.store.Append(ctx, event.Proposal{
+			ID: n.first.ID, Type: event.TypeClusterCreated, Version: 1, Aggregate: "cluster", Expect: 0, Payload: payload,
+			Actor: event.Actor{Principal: n.cfg.Name, Kind: event.Node, Authn: "node", CertFP: pki.Fingerprint(n.cert.Raw), Via: n.cfg.Name},
+		})
+		if err == nil {
+			return os.Remove(filepath.Join(n.cfg.DataDir, bootstrapFile))
+		}
+		var conflict *raftstore.ConflictError
+		if errors.As(err, &conflict) {
+			return fmt.Errorf("the log holds another cluster: %w", err)
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// announce tells the leader that this member runs, until it takes part in Raft.
+func (n *Node) announce(ctx context.Context) error {
+	for {
+		if members, err := n.store.Members(); err == nil {
+			for _, m := range members {
+				if m.ID == n.cfg.Name {
+					return nil
+				}
+			}
+		}
+		if n.first == nil {
+			n.announceOnce(ctx)
+		}
+		select {
+		case <-time.After(300 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (n *Node) announceOnce(ctx context.Context) {
+	for _, s := range n.seeds {
+		if s.Name == n.cfg.Name {
+			continue
+		}
+		actx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := n.api.Announce(actx, s.Name)
+		cancel()
+		if err == nil {
+			return
+		}
+		n.log.Debug("announcing this node", "to", s.Name, "err", err)
+	}
+}
+
+// catchUp waits until the events this node had when it stopped are folded and,
+// in a new node, until the cluster's first ones have come.
+func (n *Node) catchUp(ctx context.Context) error {
+	head, _, _ := n.store.Head()
+	waiting := time.NewTicker(10 * time.Second)
+	defer waiting.Stop()
+	for {
+		changed := n.state.Changed()
+		v := n.state.View()
+		if _, member := v.Nodes[n.cfg.Name]; member && v.Seq >= head {
+			return nil
+		}
+		select {
+		case <-changed:
+		case err := <-n.fatal:
+			return err
+		case <-waiting.C:
+			n.log.Warn("still waiting for the cluster's state: is a majority of its nodes running and reachable?")
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// onChange acts on new events. It runs on the goroutine that folds them, and
+// must not wait for anything.
+func (n *Node) onChange(old, v *state.View, events []event.Event) {
+	if n.vault.Load() == nil {
+		if info, ok := v.Nodes[n.cfg.Name]; ok {
+			vlt, err := vault.Unwrap(n.ident, info.VaultWrap, v.VaultRecipient)
+			if err != nil {
+				n.fail(fmt.Errorf("this node cannot unwrap the cluster's vault: %w", err))
+			} else {
+				n.vault.Store(vlt)
+			}
+		}
+	}
+	if v.ConfigIndex != old.ConfigIndex {
+		n.targets.update(v)
+		if err := n.verifier.Update(providers(v, n.cfg.Dev)); err != nil {
+			n.log.Error("identity providers could not be taken up; the earlier ones stand", "err", err)
+		}
+	}
+	for _, e := range events {
+		switch e.Type {
+		case event.TypeRevoked:
+			n.fences.begin(v, e)
+		case event.TypeNodeRemoved:
+			if p, err := approval.Decode[event.NodeRemoved](e.Payload); err == nil {
+				if p.Name == n.cfg.Name {
+					n.fail(errors.New("this node was removed from the cluster"))
+				} else {
+					n.endpoint.Disconnect(p.Name)
+				}
+			}
+		}
+	}
+}
+
+// serveHTTP serves the API over connections with TLS on.
+func (n *Node) serveHTTP(ctx context.Context, ln net.Listener) error {
+	srv := &http.Server{
+		Handler:           n.api.Handler(),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       time.Minute,
+		WriteTimeout:      3 * time.Minute, // an answer may wait for a revocation or an event
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
+	}
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		sctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		if srv.Shutdown(sctx) != nil {
+			srv.Close()
+		}
+	})
+	err := srv.Serve(ln)
+	if !stop() {
+		<-stopped
+	}
+	if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// status is this node's own part of `sallyport status`.
+func (n *Node) status(ctx context.Context) api.NodeStatus {
+	st := n.store.Status()
+	seq, _, chain := n.store.Head()
+	v := n.state.View()
+	leader, _ := n.store.Leader()
+	sp := n.spool.Status()
+	s := api.NodeStatus{
+		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Version: n.version, Started: n.started, Now: time.Now(),
+		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.Applied,
+		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex,
+		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev,
+		Spool:   api.Spool{Open: sp.Open, BytesWaiting: sp.BytesWaiting, OldestUnsent: sp.OldestUnsent, Store: n.cfg.Recordings, LastError: sp.LastError},
+		Targets: n.targets.probe(ctx),
+	}
+	if v.ConfigErr != nil {
+		s.ConfigError = v.ConfigErr.Error()
+	}
+	for _, a := range sp.Alarms {
+		s.Spool.LastError = a
+	}
+	members, _ := n.store.Members()
+	for _, m := range members {
+		if m.ID == n.cfg.Name {
+			s.Voter = m.Voter
+		}
+	}
+	return s
+}

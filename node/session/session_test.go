@@ -1,0 +1,116 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sallyport/sallyport/protocols"
+)
+
+var why = &protocols.Refusal{Rule: "revocation/1", Reason: "leaked"}
+
+// recordingLease notes the order in which a cut does things.
+type recordingLease struct {
+	protocols.Lease
+	note func(string)
+}
+
+func (l recordingLease) Cancel(context.Context) error { l.note("cancel"); return nil }
+func (l recordingLease) Terminate(context.Context) error {
+	l.note("terminate")
+	return errors.New("gone already")
+}
+
+func TestCutOrder(t *testing.T) {
+	r := NewRegistry(10)
+	e := NewEntry(Info{ID: "s1", Subject: "ci/a"})
+	if refusal := r.Add(e); refusal != nil {
+		t.Fatal(refusal)
+	}
+	var mu sync.Mutex
+	var order []string
+	note := func(s string) {
+		mu.Lock()
+		defer mu.Unlock()
+		if e.Fence.Check() == nil {
+			t.Errorf("%s before the fence tripped", s)
+		}
+		order = append(order, s)
+	}
+	e.SetLease(recordingLease{note: note})
+	e.OnCut(func() { note("reset"); go r.Done(e) })
+
+	n, err := r.CutWhere(t.Context(), func(i Info) bool { return i.Subject == "ci/a" }, why)
+	if n != 1 || err != nil {
+		t.Fatalf("cut %d, %v", n, err)
+	}
+	want := []string{"cancel", "terminate", "reset"}
+	for i := range want {
+		if i >= len(order) || order[i] != want[i] {
+			t.Fatalf("order %v, want %v", order, want)
+		}
+	}
+	var refusal *protocols.Refusal
+	if err := e.Fence.Check(); !errors.As(err, &refusal) || refusal.Rule != why.Rule {
+		t.Fatalf("the fence says %v", err)
+	}
+	if len(r.List()) != 0 {
+		t.Fatal("the session is still listed")
+	}
+}
+
+// A cut is not reported done while the session's goroutines run.
+func TestCutWaitsForTheEnd(t *testing.T) {
+	r := NewRegistry(10)
+	e := NewEntry(Info{ID: "s1"})
+	r.Add(e)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := e.Cut(ctx, why); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("cut of a session that did not end: %v", err)
+	}
+	r.Done(e)
+	if err := e.Cut(t.Context(), why); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A session cut before it has legs is reset as soon as it has.
+func TestCutBeforeOnCut(t *testing.T) {
+	e := NewEntry(Info{ID: "s1"})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_ = e.Cut(ctx, why)
+	reset := false
+	e.OnCut(func() { reset = true })
+	if !reset {
+		t.Fatal("legs set after the cut were not reset")
+	}
+}
+
+func TestRegistryLimitsAndDrain(t *testing.T) {
+	r := NewRegistry(1)
+	a, b := NewEntry(Info{ID: "a"}), NewEntry(Info{ID: "b"})
+	if refusal := r.Add(a); refusal != nil {
+		t.Fatal(refusal)
+	}
+	if refusal := r.Add(b); refusal == nil || refusal.Rule != "limits" {
+		t.Fatalf("one too many: %v", refusal)
+	}
+	client, server := net.Pipe()
+	defer client.Close()
+	a.OnCut(func() { server.Close(); r.Done(a) })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	r.Drain(ctx, why)
+	if _, err := server.Write([]byte("x")); err == nil {
+		t.Fatal("a session outlived the drain")
+	}
+	if refusal := r.Add(b); refusal == nil || refusal.Rule != "shutdown" {
+		t.Fatalf("a session during shutdown: %v", refusal)
+	}
+}

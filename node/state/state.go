@@ -1,0 +1,399 @@
+// Package state is the projection of the event log that a node acts on. It
+// folds events into immutable Views behind one atomic pointer: readers never
+// wait, and a View never changes under them.
+package state
+
+import (
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sallyport/sallyport/node/bundle"
+	"github.com/sallyport/sallyport/raftstore/event"
+)
+
+// keepEnded bounds the approvals and join tokens that are over and still
+// shown; the event log keeps all of them.
+const keepEnded = 1000
+
+// View is what the cluster has agreed on up to one event. It is immutable;
+// its maps must not be written to.
+type View struct {
+	Seq, Index uint64 // of the last event folded
+
+	ClusterID      string
+	CA             []byte // DER
+	CAKey          event.Sealed
+	VaultRecipient string
+	AdminCertFP    string
+
+	Nodes       map[string]event.NodeInfo
+	Removed     map[string]bool // names of nodes that were members once
+	JoinTokens  map[string]JoinToken
+	Approvals   map[string]*Approval
+	Revocations map[string]*Revocation
+
+	// Config is nil until the first apply, and when ConfigErr says why the
+	// applied one cannot be read: then nobody may connect.
+	Config      *bundle.Bundle
+	ConfigErr   error
+	ConfigIndex uint64
+	Secrets     map[string]event.Sealed
+
+	bySubject map[string]standing
+}
+
+// JoinToken is a one-time token for `cluster join`.
+type JoinToken struct {
+	event.JoinTokenMade
+	UsedBy string
+}
+
+// Vote is one approver's decision.
+type Vote struct {
+	event.ApprovalVoted
+	At  time.Time
+	Seq uint64
+}
+
+// Approval is an approval request and what became of it.
+type Approval struct {
+	event.ApprovalAsked
+	Asked   time.Time
+	Version uint64
+	Votes   []Vote
+	Ended   *event.ApprovalEnded
+	EndedAt time.Time
+}
+
+// State says where the request stands at now: pending, approved, denied,
+// used, expired or cancelled.
+func (a *Approval) State(now time.Time) string {
+	if a.Ended != nil {
+		return a.Ended.How
+	}
+	approvers := map[string]bool{}
+	for _, v := range a.Votes {
+		if !v.Approve {
+			return "denied"
+		}
+		approvers[v.Approver] = true
+	}
+	switch {
+	case now.After(a.Expires):
+		return "expired"
+	case len(approvers) >= a.Count:
+		return "approved"
+	}
+	return "pending"
+}
+
+// Revocation is a revoked subject.
+type Revocation struct {
+	event.Revoked
+	At     time.Time
+	Index  uint64
+	Undone time.Time // zero while in force
+	Report *event.RevocationReport
+}
+
+// standing is what revocations mean for one subject.
+type standing struct {
+	revoked   *Revocation // in force, or nil
+	notBefore time.Time   // tokens issued at or before it are dead: a revocation was undone then
+}
+
+// Revoked says whether a credential of subject issued at issuedAt is refused,
+// and by which revocation. An undone revocation does not revive credentials
+// issued before its undoing.
+func (v *View) Revoked(subject string, issuedAt time.Time) (*Revocation, bool) {
+	s, ok := v.bySubject[subject]
+	if !ok {
+		return nil, false
+	}
+	if s.revoked != nil {
+		return s.revoked, true
+	}
+	// iat has whole seconds: one from the second of the undoing is refused too.
+	if issuedAt.Unix() <= s.notBefore.Unix() {
+		return nil, true
+	}
+	return nil, false
+}
+
+// A Projection folds events.
+type Projection struct {
+	view atomic.Pointer[View]
+	log  *slog.Logger
+	mu   struct {
+		sync.Mutex
+		listeners []func(old, new *View, events []event.Event)
+		changed   chan struct{}
+	}
+}
+
+// New returns a Projection of no events.
+func New(log *slog.Logger) *Projection {
+	p := &Projection{log: log}
+	p.mu.changed = make(chan struct{})
+	p.view.Store(&View{
+		Nodes: map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
+		Approvals: map[string]*Approval{}, Revocations: map[string]*Revocation{},
+		Secrets: map[string]event.Sealed{}, bySubject: map[string]standing{},
+	})
+	return p
+}
+
+// View returns the newest view. It never blocks.
+func (p *Projection) View() *View { return p.view.Load() }
+
+// OnChange adds a listener, called after each change in the order of events,
+// on the goroutine that folds: it must not block. Add listeners before the
+// first Fold.
+func (p *Projection) OnChange(f func(old, new *View, events []event.Event)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mu.listeners = append(p.mu.listeners, f)
+}
+
+// Changed returns a channel that is closed at the next change after the call.
+func (p *Projection) Changed() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mu.changed
+}
+
+// Fold applies events, which must follow on those folded before. Only one
+// goroutine may call it. An error means that an event could not be understood:
+// the node must stop, since it would act on a state the others do not have.
+func (p *Projection) Fold(events []event.Event) error {
+	old := p.View()
+	v := *old
+	f := fold{v: &v}
+	for _, e := range events {
+		if e.Seq != v.Seq+1 {
+			return fmt.Errorf("state: event %d follows event %d", e.Seq, v.Seq)
+		}
+		if err := f.apply(e); err != nil {
+			return fmt.Errorf("state: event %d (%s): %w", e.Seq, e.Type, err)
+		}
+		v.Seq, v.Index = e.Seq, e.Index
+	}
+	if v.ConfigErr != nil && old.ConfigErr == nil {
+		p.log.Error("the applied configuration cannot be used; all sessions are refused", "err", v.ConfigErr)
+	}
+	p.view.Store(&v)
+	p.mu.Lock()
+	listeners, changed := p.mu.listeners, p.mu.changed
+	p.mu.changed = make(chan struct{})
+	p.mu.Unlock()
+	for _, l := range listeners {
+		l(old, &v, events)
+	}
+	close(changed)
+	return nil
+}
+
+// fold copies each map of the view once, when it is first written to.
+type fold struct {
+	v                                                       *View
+	nodes, removed, tokens, approvals, revocations, subject bool
+}
+
+func own[K comparable, V any](m *map[K]V, owned *bool) map[K]V {
+	if !*owned {
+		*m, *owned = maps.Clone(*m), true
+	}
+	return *m
+}
+
+func decode[T any](e event.Event) (T, error) {
+	var p T
+	err := json.Unmarshal(e.Payload, &p)
+	return p, err
+}
+
+func (f *fold) apply(e event.Event) error {
+	switch e.Type {
+	case event.TypeClusterCreated:
+		p, err := decode[event.ClusterCreated](e)
+		if err != nil {
+			return err
+		}
+		f.v.ClusterID, f.v.CA, f.v.CAKey = p.ID, p.CA, p.CAKey
+		f.v.VaultRecipient, f.v.AdminCertFP = p.VaultRecipient, p.AdminCertFP
+		own(&f.v.Nodes, &f.nodes)[p.Node.Name] = p.Node
+	case event.TypeNodeJoined:
+		p, err := decode[event.NodeJoined](e)
+		if err != nil {
+			return err
+		}
+		own(&f.v.Nodes, &f.nodes)[p.Node.Name] = p.Node
+		delete(own(&f.v.Removed, &f.removed), p.Node.Name)
+	case event.TypeNodeRemoved:
+		p, err := decode[event.NodeRemoved](e)
+		if err != nil {
+			return err
+		}
+		delete(own(&f.v.Nodes, &f.nodes), p.Name)
+		own(&f.v.Removed, &f.removed)[p.Name] = true
+	case event.TypeJoinTokenMade:
+		p, err := decode[event.JoinTokenMade](e)
+		if err != nil {
+			return err
+		}
+		m := own(&f.v.JoinTokens, &f.tokens)
+		m[p.ID] = JoinToken{JoinTokenMade: p}
+		for id, t := range m {
+			if len(m) > keepEnded && (t.UsedBy != "" || e.Time.After(t.Expires)) {
+				delete(m, id)
+			}
+		}
+	case event.TypeJoinTokenUsed:
+		p, err := decode[event.JoinTokenUsed](e)
+		if err != nil {
+			return err
+		}
+		m := own(&f.v.JoinTokens, &f.tokens)
+		t := m[p.ID]
+		t.UsedBy = p.Node
+		m[p.ID] = t
+	case event.TypeConfigApplied:
+		p, err := decode[event.ConfigApplied](e)
+		if err != nil {
+			return err
+		}
+		f.config(p)
+		f.v.ConfigIndex = e.Index
+	case event.TypeApprovalAsked, event.TypeApprovalVoted, event.TypeApprovalEnded:
+		return f.approval(e)
+	case event.TypeRevoked, event.TypeRevocationUndone, event.TypeRevocationReport:
+		return f.revocation(e)
+	default:
+		return fmt.Errorf("unknown type of event")
+	}
+	return nil
+}
+
+func (f *fold) config(p event.ConfigApplied) {
+	names := slices.Sorted(maps.Keys(p.Secrets))
+	// Whether this node takes part in what is for trials only is its own
+	// setting, so it must not change what the configuration means: providers
+	// and targets marked dev are refused where they are used.
+	b, problems := bundle.Parse(p.Files, names, bundle.ParseOptions{Dev: true})
+	f.v.Secrets = p.Secrets
+	f.v.Config, f.v.ConfigErr = b, nil
+	if len(problems) > 0 {
+		f.v.Config, f.v.ConfigErr = nil, fmt.Errorf("%s (and %d more)", problems[0], len(problems)-1)
+	}
+}
+
+func (f *fold) approval(e event.Event) error {
+	m := own(&f.v.Approvals, &f.approvals)
+	switch e.Type {
+	case event.TypeApprovalAsked:
+		p, err := decode[event.ApprovalAsked](e)
+		if err != nil {
+			return err
+		}
+		m[p.ID] = &Approval{ApprovalAsked: p, Asked: e.Time, Version: e.AggregateVersion}
+		prune(m, e.Time)
+	case event.TypeApprovalVoted:
+		p, err := decode[event.ApprovalVoted](e)
+		if err != nil {
+			return err
+		}
+		if a := m[p.ID]; a != nil {
+			c := *a
+			c.Votes = append(slices.Clip(c.Votes), Vote{p, e.Time, e.Seq})
+			c.Version = e.AggregateVersion
+			m[p.ID] = &c
+		}
+	case event.TypeApprovalEnded:
+		p, err := decode[event.ApprovalEnded](e)
+		if err != nil {
+			return err
+		}
+		if a := m[p.ID]; a != nil {
+			c := *a
+			c.Ended, c.EndedAt, c.Version = &p, e.Time, e.AggregateVersion
+			m[p.ID] = &c
+		}
+	}
+	return nil
+}
+
+// prune drops the oldest of the approvals that are over.
+func prune(m map[string]*Approval, now time.Time) {
+	if len(m) <= 2*keepEnded {
+		return
+	}
+	var over []*Approval
+	for _, a := range m {
+		if s := a.State(now); s != "pending" && s != "approved" {
+			over = append(over, a)
+		}
+	}
+	slices.SortFunc(over, func(a, b *Approval) int { return a.Asked.Compare(b.Asked) })
+	for _, a := range over[:max(0, len(over)-keepEnded)] {
+		delete(m, a.ID)
+	}
+}
+
+func (f *fold) revocation(e event.Event) error {
+	m := own(&f.v.Revocations, &f.revocations)
+	switch e.Type {
+	case event.TypeRevoked:
+		p, err := decode[event.Revoked](e)
+		if err != nil {
+			return err
+		}
+		r := &Revocation{Revoked: p, At: e.Time, Index: e.Index}
+		m[p.ID] = r
+		s := own(&f.v.bySubject, &f.subject)
+		st := s[p.Subject]
+		st.revoked = r
+		s[p.Subject] = st
+	case event.TypeRevocationUndone:
+		p, err := decode[event.RevocationUndone](e)
+		if err != nil {
+			return err
+		}
+		r := m[p.ID]
+		if r == nil || !r.Undone.IsZero() {
+			return nil
+		}
+		c := *r
+		c.Undone = e.Time
+		m[p.ID] = &c
+		s := own(&f.v.bySubject, &f.subject)
+		st := standing{notBefore: e.Time}
+		for _, o := range m { // another revocation of the same subject stands
+			if o.Subject == c.Subject && o.Undone.IsZero() && (st.revoked == nil || o.Index < st.revoked.Index) {
+				st.revoked = o
+			}
+		}
+		s[c.Subject] = st
+	case event.TypeRevocationReport:
+		p, err := decode[event.RevocationReport](e)
+		if err != nil {
+			return err
+		}
+		if r := m[p.ID]; r != nil {
+			c := *r
+			c.Report = &p
+			m[p.ID] = &c
+			s := own(&f.v.bySubject, &f.subject)
+			if st := s[c.Subject]; st.revoked == r {
+				st.revoked = &c
+				s[c.Subject] = st
+			}
+		}
+	}
+	return nil
+}
