@@ -315,6 +315,7 @@ func (i *Issuer) Issue(ctx context.Context, target string, subject *policy.Subje
 	i.mu.Lock()
 	i.mu.leases[name] = l // first, so that our own sweeper never sees it unowned
 	i.mu.Unlock()
+	asked := false
 	err = i.with(ctx, t, t.AdminDatabase, work, func(ctx context.Context, c *pgx.Conn) error {
 		if err := checkRole(ctx, c, t, role, database); err != nil {
 			return err
@@ -330,6 +331,7 @@ func (i *Issuer) Issue(ctx context.Context, target string, subject *policy.Subje
 		if err != nil {
 			return err
 		}
+		asked = true
 		// One transaction: a role of ours never exists without its comment.
 		return exec(ctx, c,
 			"BEGIN",
@@ -339,14 +341,15 @@ func (i *Issuer) Issue(ctx context.Context, target string, subject *policy.Subje
 			"COMMIT")
 	})
 	if err != nil {
-		// It may have been created and the answer lost.
-		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), opTimeout)
-		defer cancel()
-		var r *protocols.Refusal
-		if errors.As(err, &r) {
+		if !asked {
 			l.forget()
-		} else if rerr := l.Release(clean); rerr != nil {
-			i.opts.Log.Warn("just-in-time role may be left for the sweeper", "target", target, "role", name, "error", rerr)
+		} else {
+			// It may have been created and the answer lost.
+			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), opTimeout)
+			defer cancel()
+			if rerr := l.Release(clean); rerr != nil {
+				i.opts.Log.Warn("just-in-time role may be left for the sweeper", "target", target, "role", name, "error", rerr)
+			}
 		}
 		return nil, fmt.Errorf("target %s: just-in-time account: %w", target, err)
 	}
