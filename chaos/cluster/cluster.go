@@ -65,7 +65,7 @@ type Cluster struct {
 
 	opts      Options
 	issuer    *devissuer.Issuer
-	issuerRun *process
+	issuerRun *Process
 	undertake *undertaker
 }
 
@@ -78,7 +78,7 @@ type Node struct {
 
 	c  *Cluster
 	mu sync.Mutex
-	p  *process // nil when not running
+	p  *Process // nil when not running
 }
 
 // timeout bounds each step of a start. Two busy cores need a few seconds.
@@ -145,13 +145,8 @@ func Start(ctx context.Context, o Options) (_ *Cluster, err error) {
 	if c.PG, err = pgserver.Run(ctx, o.Postgres); err != nil {
 		return nil, err
 	}
-	for _, sql := range databasesSQL {
-		if err := c.PG.Exec(ctx, "postgres", sql); err != nil {
-			return nil, fmt.Errorf("databases: %w", err)
-		}
-	}
-	if err := c.PG.Exec(ctx, "shop", ShopSQL); err != nil {
-		return nil, fmt.Errorf("shop: %w", err)
+	if err := fillPostgres(ctx, c.PG); err != nil {
+		return nil, err
 	}
 	if err := c.startIssuer(ctx); err != nil {
 		return nil, err
@@ -162,6 +157,32 @@ func Start(ctx context.Context, o Options) (_ *Cluster, err error) {
 		}
 	}
 	return c, c.configure(ctx)
+}
+
+// fillPostgres makes databases, roles and the administrative account.
+func fillPostgres(ctx context.Context, pg *pgserver.Server) error {
+	for _, sql := range databasesSQL {
+		if err := pg.Exec(ctx, "postgres", sql); err != nil {
+			return fmt.Errorf("databases: %w", err)
+		}
+	}
+	if err := pg.Exec(ctx, "shop", ShopSQL); err != nil {
+		return fmt.Errorf("shop: %w", err)
+	}
+	script, err := adminSQL()
+	if err != nil {
+		return err
+	}
+	psql, err := pgserver.Find("psql")
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, psql, "-X", "-q", "-d", pg.DSN("postgres"))
+	cmd.Stdin = strings.NewReader(script)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("administrative account: %w\n%s", err, out)
+	}
+	return nil
 }
 
 func (c *Cluster) startIssuer(ctx context.Context) error {
@@ -255,7 +276,7 @@ func (c *Cluster) Stop() {
 		n.Kill()
 	}
 	if c.issuerRun != nil {
-		c.issuerRun.kill()
+		c.issuerRun.Kill()
 	}
 	if c.PG != nil {
 		c.PG.Stop()
@@ -331,7 +352,7 @@ func agree(st *api.Status, running []*Node) error {
 }
 
 // await calls try until it succeeds, p ends or the time is up.
-func (c *Cluster) await(ctx context.Context, p *process, try func() error) error {
+func (c *Cluster) await(ctx context.Context, p *Process, try func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	for {
@@ -514,7 +535,7 @@ func (n *Node) Restart(ctx context.Context) error {
 func (n *Node) Kill() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.p.kill()
+	n.p.Kill()
 }
 
 // Terminate asks the node to stop (SIGTERM) and returns when it has, or when
@@ -554,13 +575,10 @@ func (n *Node) Running() bool { return n.process().running() }
 
 // PID of the node's process; 0 when it is not running.
 func (n *Node) PID() int {
-	if p := n.process(); p.running() {
-		return p.cmd.Process.Pid
-	}
-	return 0
+	return n.process().PID()
 }
 
-func (n *Node) process() *process {
+func (n *Node) process() *Process {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.p
@@ -592,37 +610,56 @@ func (c *Cluster) Leader(ctx context.Context) (*Node, error) {
 	return nil, errors.New("no reachable node leads")
 }
 
-// process is a child with its one waiter.
-type process struct {
+// Process is a child with its one waiter.
+type Process struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
 	err  error         // set before done is closed
 }
 
-func (c *Cluster) spawn(logFile string, args ...string) (*process, error) {
+// spawn runs the binary.
+func (c *Cluster) spawn(logFile string, args ...string) (*Process, error) {
+	cmd := exec.Command(c.Binary, args...)
+	cmd.Env = append(c.cleanEnv(), c.opts.Env...)
+	return c.Spawn(logFile, cmd)
+}
+
+// Spawn starts cmd, with its output appended to logFile, as a process that
+// ends with the cluster at the latest.
+func (c *Cluster) Spawn(logFile string, cmd *exec.Cmd) (*Process, error) {
 	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	p := &process{cmd: exec.Command(c.Binary, args...), done: make(chan struct{})}
-	p.cmd.Env = append(c.cleanEnv(), c.opts.Env...)
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is the parent's to handle
-	if err := p.cmd.Start(); err != nil {
+	p := &Process{cmd: cmd, done: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = log, log
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true // Ctrl-C is the parent's to handle
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	pid := p.cmd.Process.Pid
+	pid := cmd.Process.Pid
 	c.undertake.say("+ %d", pid)
 	go func() {
-		p.err = p.cmd.Wait()
+		p.err = cmd.Wait()
 		c.undertake.say("- %d", pid)
 		close(p.done)
 	}()
 	return p, nil
 }
 
-func (p *process) running() bool {
+// PID of the process; 0 when it has ended.
+func (p *Process) PID() int {
+	if !p.running() {
+		return 0
+	}
+	return p.cmd.Process.Pid
+}
+
+func (p *Process) running() bool {
 	if p == nil {
 		return false
 	}
@@ -634,7 +671,8 @@ func (p *process) running() bool {
 	}
 }
 
-func (p *process) kill() {
+// Kill ends the process with SIGKILL and returns when it is gone.
+func (p *Process) Kill() {
 	if p != nil {
 		p.cmd.Process.Kill()
 		<-p.done

@@ -12,6 +12,8 @@ import (
 	"testing/fstest"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/sallyport/sallyport/node/bundle"
 	"github.com/sallyport/sallyport/node/devissuer"
 	"github.com/sallyport/sallyport/protocols/protocoltest/pgserver"
@@ -49,7 +51,7 @@ func playStarter() error {
 	if err != nil {
 		return err
 	}
-	gone.kill()
+	gone.Kill()
 	fmt.Println(left.cmd.Process.Pid, dir)
 	return nil
 }
@@ -109,12 +111,17 @@ func TestDefaultFilesAreValid(t *testing.T) {
 	}
 }
 
-func TestShopSQL(t *testing.T) {
+func TestFillPostgres(t *testing.T) {
 	s := pgserver.Shared(t)
-	for _, sql := range databasesSQL {
-		s.MustExec(t, "postgres", sql)
+	if err := fillPostgres(t.Context(), s); err != nil {
+		t.Fatal(err)
 	}
-	s.MustExec(t, "shop", ShopSQL)
+	// The administrative account can log in.
+	conn, err := pgx.Connect(t.Context(), s.DSNFor(adminUser, adminPassword, "shop"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close(t.Context())
 }
 
 func TestCPU(t *testing.T) {

@@ -1,6 +1,10 @@
 package cluster
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/sallyport/sallyport/node/credential"
+)
 
 // Names in the default files and in the databases.
 const (
@@ -8,22 +12,31 @@ const (
 	AudienceCI     = "https://sallyport.test/ci"
 	AudiencePeople = "https://sallyport.test/people"
 
-	adminUser     = "sallyport_admin"
+	adminUser     = "sallyport"
 	adminPassword = "administrative-password-of-a-private-server"
 )
 
-// databasesSQL makes the databases and roles, in statements of which some must
-// run alone. What it grants the
-// administrative account is what `sallyport targets setup-sql` prints.
+// databasesSQL makes the databases and the roles that sessions are mapped to,
+// in statements of which some must run alone.
 var databasesSQL = []string{"CREATE DATABASE shop", "CREATE DATABASE bench", `
 CREATE ROLE app_ro NOLOGIN;
 CREATE ROLE app_rw NOLOGIN;
 CREATE ROLE app_migrator NOLOGIN;
-CREATE ROLE ` + adminUser + ` LOGIN CREATEROLE PASSWORD '` + adminPassword + `';
-GRANT app_ro, app_rw, app_migrator TO ` + adminUser + ` WITH ADMIN OPTION;
-GRANT pg_signal_backend TO ` + adminUser + `;
 GRANT CREATE, CONNECT ON DATABASE shop, bench TO app_migrator;
 `}
+
+// adminSQL is what an operator runs on their database, the output of
+// `sallyport targets setup-sql`: a script for psql.
+func adminSQL() (string, error) {
+	verifier, err := credential.SCRAMVerifier(adminPassword)
+	if err != nil {
+		return "", err
+	}
+	return credential.SetupSQL(credential.SetupOptions{
+		Target: TargetName, Admin: adminUser, Verifier: verifier,
+		Roles: []string{"app_ro", "app_rw", "app_migrator"}, Databases: []string{"shop", "bench"},
+	}), nil
+}
 
 // ShopSQL is the schema and the data of the database shop.
 const ShopSQL = `
