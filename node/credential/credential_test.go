@@ -618,11 +618,12 @@ func TestTLS(t *testing.T) {
 	_, port, _ := net.SplitHostPort(e.s.Addr)
 	other := newEnvCA(t)
 	for name, f := range map[string]func(*TargetConfig){
-		"other CA":        func(c *TargetConfig) { c.CA = other },
-		"system CAs":      func(c *TargetConfig) { c.CA = nil },
-		"other name":      func(c *TargetConfig) { c.ServerName = "db.example.com" },
-		"wrong password":  func(c *TargetConfig) { c.AdminPassword = vault.NewSecret("x") },
-		"address is name": func(c *TargetConfig) { c.Address, c.ServerName = net.JoinHostPort("127.0.0.1", port), "evil.localhost" },
+		"other CA":         func(c *TargetConfig) { c.CA = other },
+		"system CAs":       func(c *TargetConfig) { c.CA = nil },
+		"other name":       func(c *TargetConfig) { c.ServerName = "db.example.com" },
+		"verify-ca, other": func(c *TargetConfig) { c.TLSMode, c.CA = TLSVerifyCA, other },
+		"wrong password":   func(c *TargetConfig) { c.AdminPassword = vault.NewSecret("x") },
+		"address is name":  func(c *TargetConfig) { c.Address, c.ServerName = net.JoinHostPort("127.0.0.1", port), "evil.localhost" },
 	} {
 		c := e.target
 		f(&c)
@@ -637,6 +638,20 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%s: error shows the password: %v", name, err)
 		}
 		i.Close()
+	}
+	byCA := e.target
+	byCA.TLSMode, byCA.ServerName = TLSVerifyCA, "db.example.com"
+	if err := e.iss.Update([]TargetConfig{byCA}); err != nil {
+		t.Fatal(err)
+	}
+	if l, c := e.begin(t, "verify-ca"); true {
+		c.Close(context.Background())
+		if err := l.Release(testContext(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := e.iss.Update([]TargetConfig{e.target}); err != nil {
+		t.Fatal(err)
 	}
 	// The session's own connection checks the server just as well.
 	l := e.issue(t, "s")
@@ -870,7 +885,7 @@ func TestValidate(t *testing.T) {
 	}
 	for name, f := range map[string]func(*TargetConfig){
 		"no name": func(c *TargetConfig) { c.Name = "" }, "no port": func(c *TargetConfig) { c.Address = "db" },
-		"mode": func(c *TargetConfig) { c.TLSMode = "require" }, "no admin": func(c *TargetConfig) { c.AdminUser = "" },
+		"mode": func(c *TargetConfig) { c.TLSMode = "require" }, "verify-ca": func(c *TargetConfig) { c.TLSMode = TLSVerifyCA }, "no admin": func(c *TargetConfig) { c.AdminUser = "" },
 		"ca": func(c *TargetConfig) { c.CA = []byte("x") }, "negative": func(c *TargetConfig) { c.MaxSession = -1 },
 		"rule": func(c *TargetConfig) { c.Roles = []RoleRule{{Role: "r"}} },
 		"jit as role": func(c *TargetConfig) {

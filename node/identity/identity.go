@@ -57,7 +57,7 @@ const (
 	AdminGroup = ReservedPrefix + "admins"
 	// BootstrapProvider is the provider of certificate holders; no configured
 	// provider may have its name.
-	BootstrapProvider = "bootstrap"
+	BootstrapProvider = policy.BootstrapProvider
 	// DevClaim marks tokens, and the discovery document, of the trial issuer.
 	DevClaim = "sallyport_dev"
 )
