@@ -18,15 +18,22 @@ import (
 // Text and Data are valid until the next operation is decoded.
 type Operation struct {
 	Verb string // the protocol's name for what was sent: Query, Parse, Bind, Execute
-	Text []byte // the exact bytes asked, for the record
-	// Detail goes into the record: parameters and the like.
+	Text []byte // what is asked, for the record: the exact bytes
+	Data []byte // what comes with it, for the record: parameters, as sent
+	// Detail goes into the record: names and the like.
 	Detail map[string]string
-	Pairs  []policy.Pair
+	// Pairs are all that must be permitted.
+	Pairs []policy.Pair
+	// Empty says that there is nothing in it to decide, such as a statement
+	// of only comments. Without it, no Pairs is a refusal.
+	Empty bool
 	// Problem refuses the operation before policy is asked.
 	Problem *Refusal
 	// Prepares says that nothing runs yet: what policy would hold is let
 	// through, and held when it is to run.
 	Prepares bool
+	// Late says that it is too late to hold it: what would be held is refused.
+	Late bool
 	// InTransaction says that a transaction block is open as far as is known
 	// without waiting for the target.
 	InTransaction bool
@@ -59,6 +66,9 @@ const memoLife = time.Second
 type Admission struct {
 	Op uint64 // the operation's number in the recording
 	At time.Time
+	// Holds says that the operation only prepares what will be held when it is
+	// to run.
+	Holds bool
 
 	ok       bool
 	approved []string // approval rules that were lifted for it
@@ -99,6 +109,8 @@ type Requests interface {
 	// Flush is a Control frame that makes the target answer what it can.
 	Flush() []byte
 
+	// Wait waits for what a Wait frame is to wait for. Called after a Barrier.
+	Wait(ctx context.Context) error
 	// Settle waits until everything before op was answered. Called after a
 	// Barrier, for an operation about to be held.
 	Settle(ctx context.Context, op *Operation) (Settled, error)
@@ -179,7 +191,7 @@ func (c *Channel) Admit(ctx context.Context, op *Operation) (Admission, error) {
 	d, index, actions := c.decide(op, adm.At, adm.approved)
 
 	rec := c.s.access.Record
-	c.entry = recording.Entry{Type: recording.Command, Op: adm.Op, Verb: op.Verb, Text: op.Text, Detail: op.Detail}
+	c.entry = recording.Entry{Type: recording.Command, Op: adm.Op, Verb: op.Verb, Text: op.Text, Data: op.Data, Detail: op.Detail}
 	if err := rec.Buffer(&c.entry); err != nil {
 		return Admission{}, noRecord(err)
 	}
@@ -192,6 +204,10 @@ func (c *Channel) Admit(ctx context.Context, op *Operation) (Admission, error) {
 	switch {
 	case d.Effect == policy.Permit:
 	case d.Effect == policy.Hold && op.Prepares && d.Obligations.Approval != nil:
+		adm.Holds = true
+	case d.Effect == policy.Hold && op.Late:
+		stats.Refused.Add(1)
+		return Admission{Op: adm.Op}, &Refusal{Rule: d.Rule, Reason: "the policy changed since this was bound, and asks for approval now: bind it again"}
 	case d.Effect == policy.Hold && d.Obligations.Approval != nil:
 		stats.Held.Add(1)
 		if err := c.hold(ctx, op, &adm, d.Obligations.Approval, index); err != nil {
@@ -225,6 +241,9 @@ func (c *Channel) decide(op *Operation, now time.Time, approved []string) (polic
 	env := c.s.Env
 	if op.Problem != nil {
 		return policy.Decision{Rule: op.Problem.Rule, Reason: op.Problem.Reason}, env.PolicyIndex(), actionsOf(op.Pairs)
+	}
+	if op.Empty && len(op.Pairs) == 0 {
+		return policy.Decision{Effect: policy.Permit, Rule: "empty", Reason: "nothing to decide"}, env.PolicyIndex(), nil
 	}
 	if len(op.Pairs) == 0 {
 		return policy.Decision{Rule: "unknown", Reason: "the gateway cannot tell what this does, so it is refused"}, env.PolicyIndex(), nil

@@ -47,6 +47,7 @@ const (
 	Oversize             // request: a command above the codec's limit; judged by its head, and refused
 	Answer               // response, whole: the codec says what leaves
 	Last                 // request, whole: the client's goodbye; goes, and nothing after it is read
+	Wait                 // request: what it is depends on what the target is about to answer; wait, and measure again
 )
 
 // Frame is the extent and kind of one message. Len == 0 means that more bytes
@@ -202,6 +203,13 @@ func (c *Channel) relayRequests(ctx context.Context) error {
 				i, pass = i+n, f.Len-n
 			case Drop:
 				i, drop = i+n, f.Len-n
+			case Wait:
+				if err := c.Barrier(ctx); err != nil {
+					return err
+				}
+				if err := c.req.Wait(ctx); err != nil {
+					return err
+				}
 			case Oversize:
 				op = Operation{}
 				if err := c.operate(ctx, rest[:n], &op); err != nil {
