@@ -499,11 +499,11 @@ func (c *check) checkHeader(ctx context.Context) error {
 		}
 	}
 	if !h.SignedBy(h.Certificate.PublicKey) {
-		c.valid = false
+		c.valid, c.prevName = false, ""
 		return c.suspected(name)
 	}
 	if recording.Prefix(h.Started, h.Session) != c.g.prefix {
-		c.valid = false
+		c.valid, c.prevName = false, ""
 		return c.problem(Swapped, name, "is that of session %s, started %s", h.Session, h.Started.UTC().Format(time.RFC3339))
 	}
 	return nil
@@ -565,16 +565,19 @@ func (c *check) checkSegment(ctx context.Context, n uint64) error {
 	case cert == nil:
 		return nil
 	case !s.SignedBy(cert.PublicKey):
-		if s.Session != c.header.Session {
+		if s.Session != c.g.session() {
 			return c.problem(Swapped, name, "is of session %s", s.Session)
 		}
 		return c.suspected(name)
-	case s.Session != c.header.Session:
+	case s.Session != c.g.session():
 		return c.problem(Swapped, name, "is of session %s", s.Session)
 	case s.Number != n:
 		return c.problem(Reordered, name, "holds segment %d", s.Number)
 	}
 	c.prevName = prevName
+	if prevName != "" && s.Prev != c.prev {
+		tree = nil
+	}
 	if err := c.follows(name, s.Prev); err != nil {
 		return err
 	}
@@ -630,7 +633,7 @@ func (c *check) getTrailer(ctx context.Context) (t *format.Trailer, signed bool,
 	if cert == nil {
 		return nil, false, err
 	}
-	if t.Session != c.header.Session {
+	if t.Session != c.g.session() {
 		return nil, false, c.problem(Swapped, name, "is of session %s", t.Session)
 	}
 	return t, t.SignedBy(cert.PublicKey), nil

@@ -210,5 +210,3 @@ func mustOpen(t testing.TB, dir string) recording.Store {
 	}
 	return s
 }
-
-func appender(string) {}
