@@ -13,7 +13,10 @@ type Scope struct {
 	Database   string
 	SearchPath []string // pinned by the gateway
 	Role       string   // the role that the session acts as
-	Catalog    *Catalog
+	// PinnedAtStartup says that the pinned settings were given in the start-up
+	// packet, so that RESET returns to them.
+	PinnedAtStartup bool
+	Catalog         *Catalog
 	// Masked says whether this session must not see the column. It is asked
 	// only about columns that the catalogue holds to be sensitive.
 	Masked func(column policy.Resource) bool
