@@ -250,7 +250,7 @@ func (t *targets) sweep(ctx context.Context) error {
 func (t *targets) liveness(node, session string) credential.Liveness {
 	switch {
 	case node == t.n.cfg.Name && t.n.sessions.Has(session):
-		return credential.Alive
+		return credential.Live
 	case node == t.n.cfg.Name, t.n.state.View().Removed[node]:
 		return credential.Dead
 	}

@@ -37,6 +37,7 @@ type demo struct {
 	nodes  map[string]*exec.Cmd
 	logs   []*os.File
 	issuer *exec.Cmd
+	pg     *pgserver.Server
 	failed []string
 	plain  bool // no colours
 }
@@ -128,6 +129,7 @@ func (d *demo) setUp() error {
 	if err != nil {
 		return err
 	}
+	d.pg = pg
 	path := bin + ":" + pg.BinDir + ":" + os.Getenv("PATH")
 	var secret [12]byte
 	_, _ = rand.Read(secret[:]) // never fails
@@ -333,7 +335,7 @@ func (d *demo) killLeader() error {
 	}
 	d.env["CI_TOKEN2"] = strings.TrimSpace(tok)
 	d.env["OTHER"] = d.env[other]
-	d.step(`PGPASSWORD=$CI_TOKEN2 psql "port=$OTHER user=prod-db dbname=shop" -c "SELECT count(*) FROM invoices"`, ok, has("1"))
+	d.step(`PGPASSWORD=$CI_TOKEN2 psql "port=$OTHER user=prod-db.migrate dbname=shop" -c "SELECT count(*) FROM invoices"`, ok, has("1"))
 	if err := d.until(15*time.Second, `sallyport status`, func(o string) bool { return strings.Contains(o, " leader ") }); err != nil {
 		return err
 	}

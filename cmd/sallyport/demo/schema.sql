@@ -13,4 +13,3 @@ INSERT INTO users VALUES (1, 'Ada', 'ada@example.com', 'UK'), (2, 'Grace', 'grac
 INSERT INTO orders VALUES (1, 1, 'difference engine', 1822.00), (2, 2, 'compiler', 1952.50), (3, 3, 'semaphore', 1965.00);
 GRANT SELECT ON users, orders TO shop_read, shop_app;
 GRANT INSERT, UPDATE ON orders TO shop_app;
-ALTER DEFAULT PRIVILEGES FOR ROLE shop_owner IN SCHEMA public GRANT SELECT ON TABLES TO shop_read, shop_app;
