@@ -19,7 +19,6 @@ import (
 func (s *Spool) sealLoop(ctx context.Context) {
 	t := time.NewTicker(min(max(s.o.SegmentAge/5, 10*time.Millisecond), time.Second))
 	defer t.Stop()
-	failures := 0
 	for {
 		select {
 		case <-ctx.Done():
@@ -34,165 +33,206 @@ func (s *Spool) sealLoop(ctx context.Context) {
 		for _, w := range open {
 			w.rotateOld(old)
 		}
-		s.mu.Lock()
-		recs := slices.Collect(maps.Keys(s.mu.sealing))
-		s.mu.Unlock()
-		failed := false
-		for _, r := range recs {
-			for ctx.Err() == nil {
-				more, err := s.seal(r)
-				if err != nil {
-					failed = true
-					s.note(r, "sealing", err)
-				}
-				if err != nil || !more {
-					break
-				}
-			}
-		}
-		if !failed {
-			failures = 0
-			continue
-		}
-		// A full or failing disk: everything stays as it is until it helps.
-		failures++
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(backoff(failures)):
-			wake(s.toSeal)
-		}
+		s.sealAll(ctx)
 	}
 }
 
-// seal makes the next log file of r a segment and, when it was the last one,
-// closes the recording with a trailer. It reports whether there is more to do.
-// An error leaves everything as it was.
-func (s *Spool) seal(r *rec) (more bool, err error) {
+// sealBatch bounds what one sync of the directory is shared by.
+const sealBatch = 256
+
+// sealAll seals one log file of each recording that has one. A recording whose
+// files fail (a full or failing disk) stays as it is and is tried again later,
+// without holding up others.
+func (s *Spool) sealAll(ctx context.Context) {
+	now := time.Now()
 	s.mu.Lock()
-	var l logFile
-	have := len(r.logs) > 0
-	if have {
-		l = r.logs[0]
+	var recs []*rec
+	for r := range s.mu.sealing {
+		if len(recs) == sealBatch {
+			break
+		}
+		if !now.Before(r.sealAfter) {
+			recs = append(recs, r)
+		}
 	}
-	ending, failure, seq := r.ending, r.failure, r.seq
-	only := len(r.logs) <= 1
+	s.mu.Unlock()
+	failed := func(r *rec, err error) {
+		r.sealFailures++
+		r.sealAfter = time.Now().Add(backoff(r.sealFailures))
+		s.note(r, "sealing", err)
+	}
+	var batch []*sealing
+	made := 0
+	for _, r := range recs {
+		if ctx.Err() != nil {
+			break
+		}
+		p, err := s.seal(r)
+		if err != nil {
+			failed(r, err)
+			continue
+		}
+		batch = append(batch, p)
+		made += len(p.made)
+	}
+	if made > 0 {
+		if err := s.dirF.Sync(); err != nil {
+			for _, p := range batch {
+				s.discard(p.made)
+				failed(p.r, err)
+			}
+			return
+		}
+	}
+	for _, p := range batch {
+		p.r.sealFailures = 0
+		s.sealed(p)
+	}
+	if len(batch) > 0 {
+		wake(s.toSeal) // there may be more
+	}
+}
+
+// sealing is a step of a recording that is done when the directory is synced.
+type sealing struct {
+	r        *rec
+	made     []*object
+	logs     []logFile // that are no longer needed
+	damaged  bool      // and cannot be read
+	complete bool      // the trailer is among made
+	failure  string
+	tree     format.Tree
+	prev     format.Hash
+	segments uint64
+	cut      int64
+}
+
+// seal makes the next log file of r a segment and, when it was the last one,
+// closes the recording with a trailer. Nothing counts until sealed is called; an
+// error leaves everything as it was.
+func (s *Spool) seal(r *rec) (*sealing, error) {
+	s.mu.Lock()
+	logs := slices.Clone(r.logs)
+	ending, seq := r.ending, r.seq
+	p := &sealing{r: r, failure: r.failure, tree: r.tree.Clone(), prev: r.prev, segments: r.segments, cut: r.cut}
 	s.mu.Unlock()
 
-	tree, prev, segments, cut := r.tree.Clone(), r.prev, r.segments, r.cut
-	var made []*object
-	var end *recording.Ending
-	damaged := false
-	if have {
-		c, err := readLog(s.log(seq, l.number), l.size, recording.LSN(tree.Size()))
+	if len(logs) > 0 {
+		l := logs[0]
+		c, err := readLog(s.log(seq, l.number), l.size, recording.LSN(p.tree.Size()))
 		if err != nil {
-			return true, err
+			return nil, err
 		}
-		if end = c.ending; c.cut > 0 {
-			cut += c.cut
-			// Only a crash may leave bytes behind the last frame, and only in
-			// the last file.
-			damaged = r.w != nil || !only
+		p.cut += c.cut
+		// Only a crash may leave bytes behind the last frame, and only in the
+		// last file.
+		p.damaged = c.cut > 0 && (r.w != nil || len(logs) > 1)
+		if !p.damaged {
+			logs = logs[:1]
+		}
+		p.logs = logs
+		if c.ending != nil {
+			ending = c.ending
 		}
 		if len(c.leaves) > 0 {
 			m := format.SegmentMeta{
 				Session:     r.session,
-				Number:      segments + 1,
-				First:       recording.LSN(tree.Size() + 1),
-				Prev:        prev,
+				Number:      p.segments + 1,
+				First:       recording.LSN(p.tree.Size() + 1),
+				Prev:        p.prev,
 				Sealed:      time.Now().UTC(),
 				Certificate: r.continued,
 			}
 			for _, leaf := range c.leaves {
-				tree.Add(leaf)
+				p.tree.Add(leaf)
 			}
-			m.Last = recording.LSN(tree.Size())
-			obj, err := format.SealSegment(m, &tree, c.frames, s.o.Signer)
+			m.Last = recording.LSN(p.tree.Size())
+			obj, err := format.SealSegment(m, &p.tree, c.frames, s.o.Signer)
 			if err != nil {
-				return true, err
+				return nil, err
 			}
-			segments++
-			prev = format.Sum(obj)
-			path := s.seg(seq, segments)
-			if err := s.writeFile(path, obj, true); err != nil {
-				return true, err
+			p.segments++
+			p.prev = format.Sum(obj)
+			if err := s.make(p, recording.SegmentName(p.segments), s.seg(seq, p.segments), obj, l.born); err != nil {
+				return nil, err
 			}
-			made = append(made, &object{name: recording.SegmentName(segments), file: path, size: int64(len(obj)), born: l.born})
 		}
 	}
-	if damaged {
-		if failure == "" {
-			failure = "a log file in the spool is damaged"
-		}
-		s.setAlarm(r, fmt.Errorf("log file %d is damaged behind entry %d; it is kept as *.damaged", l.number, tree.Size()))
-		if r.w != nil {
-			r.w.poison(errors.New("its log file is damaged"))
-		}
+	if p.damaged && p.failure == "" {
+		p.failure = "a log file in the spool is damaged"
 	}
-	last := only || damaged
-	if last && ending != nil {
-		if end == nil {
-			end = ending
-		}
-		obj, err := format.SealTrailer(format.TrailerMeta{
-			Session:     r.session,
-			Ending:      *end,
-			Segments:    segments,
-			Entries:     tree.Size(),
-			Prev:        prev,
-			Root:        tree.Root(),
-			CutBytes:    cut,
-			Failed:      failure,
-			Certificate: r.continued,
-		}, s.o.Signer)
-		if err == nil {
-			err = s.writeFile(s.trailer(seq), obj, true)
-		}
-		if err != nil {
-			s.discard(made)
-			return true, err
-		}
-		made = append(made, &object{name: recording.TrailerName, file: s.trailer(seq), size: int64(len(obj)), born: time.Now()})
-	}
-	if len(made) > 0 {
-		if err := s.dirF.Sync(); err != nil {
-			s.discard(made)
-			return true, err
-		}
-	}
-	// From here on the objects are what counts, whatever happens.
-	r.tree, r.prev, r.segments, r.cut = tree, prev, segments, cut
 	s.mu.Lock()
-	r.failure = failure
-	drop := r.logs
-	if have && !damaged {
-		drop = drop[:1]
+	last := len(r.logs) == len(p.logs) && r.ending != nil
+	s.mu.Unlock()
+	if !last {
+		return p, nil
 	}
-	drop = slices.Clone(drop)
-	r.logs = slices.Delete(r.logs, 0, len(drop))
-	r.objects = append(r.objects, made...)
-	r.complete = last && ending != nil
-	more = len(r.logs) > 0 || r.ending != nil && !r.complete
-	if !more {
+	obj, err := format.SealTrailer(format.TrailerMeta{
+		Session:     r.session,
+		Ending:      *ending,
+		Segments:    p.segments,
+		Entries:     p.tree.Size(),
+		Prev:        p.prev,
+		Root:        p.tree.Root(),
+		CutBytes:    p.cut,
+		Failed:      p.failure,
+		Certificate: r.continued,
+	}, s.o.Signer)
+	if err == nil {
+		err = s.make(p, recording.TrailerName, s.trailer(seq), obj, time.Now())
+	}
+	if err != nil {
+		s.discard(p.made)
+		return nil, err
+	}
+	p.complete = true
+	return p, nil
+}
+
+// make writes an object's file, with everything but the directory synced.
+func (s *Spool) make(p *sealing, name, path string, obj []byte, born time.Time) error {
+	if err := s.writeFile(path, obj, true); err != nil {
+		return err
+	}
+	p.made = append(p.made, &object{name: name, file: path, size: int64(len(obj)), born: born})
+	return nil
+}
+
+// sealed makes p count: its objects are on disk, so the log files may go.
+func (s *Spool) sealed(p *sealing) {
+	r := p.r
+	r.tree, r.prev, r.segments, r.cut = p.tree, p.prev, p.segments, p.cut
+	s.mu.Lock()
+	r.failure = p.failure
+	r.logs = slices.Delete(r.logs, 0, len(p.logs))
+	r.objects = append(r.objects, p.made...)
+	r.complete = p.complete
+	if len(r.logs) == 0 && (r.ending == nil || r.complete) {
 		delete(s.mu.sealing, r)
 	}
-	if len(made) > 0 {
+	if len(p.made) > 0 {
 		s.mu.sending[r] = struct{}{}
 	}
 	s.mu.Unlock()
 	wake(s.toSend)
-	for _, l := range drop {
-		path := s.log(seq, l.number)
-		if damaged {
-			err = errors.Join(err, os.Rename(path, path+".damaged"))
+	for _, l := range p.logs {
+		path := s.log(r.seq, l.number)
+		var err error
+		if p.damaged {
+			err = os.Rename(path, path+".damaged")
 		} else {
-			err = errors.Join(err, s.remove(path, l.size))
+			err = s.remove(path, l.size)
+		}
+		if err != nil {
+			s.note(r, "cleaning up", err)
 		}
 	}
-	if err != nil {
-		s.note(r, "cleaning up", err)
+	if p.damaged {
+		s.setAlarm(r, fmt.Errorf("a log file is damaged behind entry %d; it is kept as *.damaged", p.tree.Size()))
+		if r.w != nil {
+			r.w.poison(errors.New("its log file is damaged"))
+		}
 	}
-	return more, nil
 }
 
 // discard removes objects of a seal that did not come to its end.

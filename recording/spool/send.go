@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"sync"
@@ -42,6 +43,7 @@ func (s *Spool) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.sealLoop(ctx) })
 	wg.Go(func() { s.sendLoop(ctx) })
+	wg.Go(func() { s.finishLoop(ctx) })
 	select {
 	case <-ctx.Done():
 	case <-s.stop:
@@ -119,8 +121,8 @@ func (s *Spool) next() (*rec, time.Duration) {
 	return nil, wait
 }
 
-// send brings everything of r that is sealed to the store, in order, and
-// deletes the recording from the spool when it is complete there.
+// send brings everything of r that is sealed to the store, in order, and hands
+// the recording to finishLoop when it is complete there.
 func (s *Spool) send(ctx context.Context, r *rec) error {
 	for {
 		s.mu.Lock()
@@ -131,15 +133,16 @@ func (s *Spool) send(ctx context.Context, r *rec) error {
 				break
 			}
 		}
-		if o == nil && !r.complete {
+		if o == nil {
 			delete(s.mu.sending, r)
+			if r.complete {
+				s.mu.stored = append(s.mu.stored, r)
+				wake(s.toFinish)
+			}
 			s.mu.Unlock()
 			return nil
 		}
 		s.mu.Unlock()
-		if o == nil {
-			return s.finish(r)
-		}
 		if err := s.sendObject(ctx, r.prefix+o.name, o.file); err != nil {
 			return fmt.Errorf("%s: %w", o.name, err)
 		}
@@ -203,37 +206,75 @@ func (s *Spool) sent(r *rec, o *object) error {
 	return nil
 }
 
-// finish deletes a recording that is completely in the store. The head of the
-// chain is saved first, as the header may be the one that holds it; the done
-// file then makes the deletion one step.
-func (s *Spool) finish(r *rec) error {
+// finishLoop deletes recordings that are completely in the store, as many at a
+// time as have come together.
+func (s *Spool) finishLoop(ctx context.Context) {
+	failures := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.toFinish:
+		}
+		s.mu.Lock()
+		recs := s.mu.stored
+		s.mu.stored = nil
+		s.mu.Unlock()
+		if len(recs) == 0 {
+			continue
+		}
+		err := s.finish(recs)
+		if err == nil {
+			failures = 0
+			continue
+		}
+		s.note(recs[0], "deleting from the spool", err)
+		s.mu.Lock()
+		s.mu.stored = append(recs, s.mu.stored...)
+		s.mu.Unlock()
+		failures++
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(backoff(failures)):
+			wake(s.toFinish)
+		}
+	}
+}
+
+// finish deletes the files of recs. The head of the chain is saved first, as a
+// header among them may be the one that holds it; the done files then make each
+// deletion one step. It can be done again after an error.
+func (s *Spool) finish(recs []*rec) error {
 	if err := s.saveChain(); err != nil {
 		return err
 	}
-	done := s.done(r.seq)
-	if err := os.Rename(s.trailer(r.seq), done); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	for _, r := range recs {
+		if err := os.Rename(s.trailer(r.seq), s.done(r.seq)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	if err := s.dirF.Sync(); err != nil {
 		return err
 	}
-	var size int64
-	for _, o := range r.objects {
-		if o.name == recording.TrailerName {
-			size = o.size
-			continue
+	for _, r := range recs {
+		var size int64
+		for _, o := range r.objects {
+			if o.name == recording.TrailerName {
+				size = o.size
+			} else if err := s.remove(o.file, o.size); err != nil {
+				return err
+			}
 		}
-		if err := s.remove(o.file, o.size); err != nil {
+		if err := s.remove(s.done(r.seq), size); err != nil {
 			return err
 		}
 	}
-	if err := s.remove(done, size); err != nil {
-		return err
-	}
 	s.mu.Lock()
-	delete(s.mu.sending, r)
-	delete(s.mu.recs, r.seq)
-	delete(s.mu.sessions, r.session)
+	for _, r := range recs {
+		delete(s.mu.recs, r.seq)
+		delete(s.mu.sessions, r.session)
+	}
 	s.mu.Unlock()
 	return nil
 }

@@ -116,6 +116,8 @@ type Spool struct {
 	toSeal chan struct{} // capacity 1: there is something to seal
 	toSend chan struct{} // capacity 1: there is something to send
 
+	toFinish chan struct{} // capacity 1: something is completely in the store
+
 	begin struct {
 		sync.Mutex
 		head chainHead // of the newest header written
@@ -128,14 +130,14 @@ type Spool struct {
 		sessions map[string]*rec      // the same by session
 		open     map[*Writer]struct{} // not closed yet
 		sealing  map[*rec]struct{}    // have logs or an ending to seal
-		sending  map[*rec]struct{}    // have objects to send, or to be finished
+		sending  map[*rec]struct{}    // have objects to send
+		stored   []*rec               // completely in the store, to be deleted here
 		durable  chainHead            // newest header that is on disk, as are all before it
 		saved    chainHead            // what chain.json holds
 		lastErr  error
 		lastAt   time.Time
 		sent     uint64 // objects
 	}
-	chainMu sync.Mutex // one writer of chain.json
 }
 
 // chainHead is the newest recording in the node's chain.
@@ -168,6 +170,9 @@ type rec struct {
 	prev     format.Hash
 	segments uint64
 	cut      int64
+
+	sealFailures int // in a row
+	sealAfter    time.Time
 
 	logs     []logFile
 	objects  []*object // in order of sending; sent segments leave when a newer one is sealed
@@ -213,6 +218,8 @@ func Open(o Options) (*Spool, error) {
 		stop:   make(chan struct{}),
 		toSeal: make(chan struct{}, 1),
 		toSend: make(chan struct{}, 1),
+
+		toFinish: make(chan struct{}, 1),
 	}
 	s.mu.recs = make(map[uint64]*rec)
 	s.mu.sessions = make(map[string]*rec)
@@ -526,10 +533,8 @@ func (s *Spool) syncFile(path string) error {
 }
 
 // saveChain writes the durable head of the chain to chain.json, so that headers
-// up to it may be deleted.
+// up to it may be deleted. Called by finishLoop alone.
 func (s *Spool) saveChain() error {
-	s.chainMu.Lock()
-	defer s.chainMu.Unlock()
 	s.mu.Lock()
 	head, saved := s.mu.durable, s.mu.saved
 	s.mu.Unlock()

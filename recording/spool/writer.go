@@ -212,6 +212,7 @@ func (w *Writer) rotateOld(t time.Time) {
 	defer w.mu.Unlock()
 	if w.err == nil && !w.closed && w.write() == nil {
 		_ = w.rotate() // an error stays with the Writer
+		w.buf = nil    // an idle session keeps no memory
 	}
 }
 
