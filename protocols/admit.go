@@ -90,6 +90,9 @@ type Requests interface {
 	// Frame measures the frame at the head of buf. It has no effect: the relay
 	// may ask again about the same frame when more of it has arrived.
 	Frame(buf []byte) (Frame, error)
+	// Harmless returns the length of the frame at the head of b when it is one
+	// that carries no command whatever came before it, or else 0.
+	Harmless(b []byte) int
 	// Control takes note of a whole Control frame before it goes upstream. It
 	// reports false when the frame must not go. It may wait, after Barrier.
 	Control(ctx context.Context, frame []byte) (pass bool, err error)

@@ -305,11 +305,11 @@ func (c *Channel) send(frame []byte, op *Operation, adm *Admission) error {
 // takeControl puts frames of the codec's own in line. They carry no command.
 func (c *Channel) takeControl(frames []byte) error {
 	for rest := frames; len(rest) > 0; {
-		f, err := c.req.Frame(rest)
-		if err != nil || f.Len == 0 || f.Len > len(rest) || (f.Kind != Control && f.Kind != Last) {
+		n := c.req.Harmless(rest)
+		if n <= 0 || n > len(rest) {
 			return fmt.Errorf("protocols: the codec may add control frames only, not %q", rest[0])
 		}
-		rest = rest[f.Len:]
+		rest = rest[n:]
 	}
 	if len(frames) > 0 {
 		c.take(frames)

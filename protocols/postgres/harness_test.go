@@ -101,7 +101,7 @@ func start(t *testing.T, options ...func(*postgres.Config)) *gateway {
 				return nil, err
 			}
 			defer conn.Close(ctx)
-			cached, err = sql.Load(ctx, conn, g.secrets())
+			cached, err = sql.Load(ctx, conn, g.Declared())
 			return cached, err
 		},
 		MaskKind: func(c policy.Resource) mask.Kind {

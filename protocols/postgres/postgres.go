@@ -187,6 +187,9 @@ func (p *Protocol) run(ctx context.Context, s *protocols.Session, a *protocols.A
 	if errors.Is(err, protocols.ErrTargetClosed) && !resp.fatal {
 		return p.reject(s, &protocols.Refusal{Rule: "target", Reason: "the target closed the connection", Code: "08006"})
 	}
+	if err == nil && resp.fatal {
+		err = protocols.ErrTargetClosed // the client read why, and left
+	}
 	return err
 }
 

@@ -122,6 +122,17 @@ func (q *requests) Frame(b []byte) (protocols.Frame, error) {
 	return f, nil
 }
 
+// Harmless knows the messages that the gateway adds of its own.
+func (q *requests) Harmless(b []byte) int {
+	switch n, err := measure(b); {
+	case err != nil:
+		return 0
+	case n > 0 && (b[0] == 'H' || b[0] == 'D' || b[0] == 'X'): // Flush, Describe, Terminate
+		return n
+	}
+	return 0
+}
+
 // Wait waits for the target to say whether it takes COPY data.
 func (q *requests) Wait(ctx context.Context) error {
 	return q.await(ctx, func() bool { return q.copy != copyAsked })

@@ -107,6 +107,13 @@ func (n *Node) Sensitive(columns ...policy.Resource) {
 	n.sensitive = columns
 }
 
+// Declared are the columns declared sensitive.
+func (n *Node) Declared() []policy.Resource {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.sensitive
+}
+
 // Deadline limits sessions opened from now on.
 func (n *Node) Deadline(at time.Time) {
 	n.mu.Lock()
@@ -244,6 +251,9 @@ func (n *Node) Serve(p protocols.Protocol) {
 				err := p.Serve(ctx, &protocols.Session{Client: c, Env: n.Env()})
 				n.mu.Lock()
 				n.errs = append(n.errs, err)
+				if err != nil {
+					n.t.Logf("Serve: %v", err)
+				}
 				n.mu.Unlock()
 			})
 		}
