@@ -246,8 +246,9 @@ func statement() recording.Entry {
 	}
 }
 
-// BenchmarkAppend: on 2 noisy cores and a virtual disk about 2 µs, no
-// allocation, most of it the write.
+// BenchmarkAppend: 3.4 µs on 2 noisy cores (11 µs with other load) while all of
+// it is sealed and stored in the background, whose allocations are counted too:
+// those of Append itself are in TestAllocsAppend.
 func BenchmarkAppend(b *testing.B) {
 	e := newEnv(b)
 	s, _ := e.open(b, func(o *spool.Options) { o.MaxSpoolBytes = 1 << 40; o.SegmentAge = time.Second })
