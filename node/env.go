@@ -367,13 +367,24 @@ func (n *Node) verifyVote(ctx context.Context, a *state.Approval, vote state.Vot
 			return nil, errors.New("the signature is for another call")
 		}
 	}
-	return n.verifier.VerifyProof(ctx, &p, identity.ProofOptions{Roots: pki.Pool(n.ca.Raw), Cluster: n.cluster, At: vote.At})
+	return n.verifyProof(ctx, &p, identity.ProofOptions{At: vote.At})
+}
+
+// verifyProof says whose proof p is. Of administrators' certificates only the
+// one that the cluster was made with counts, whatever else its CA has signed.
+func (n *Node) verifyProof(ctx context.Context, p *identity.Proof, o identity.ProofOptions) (*policy.Subject, error) {
+	o.Roots, o.Cluster = pki.Pool(n.ca.Raw), n.cluster
+	subject, err := n.verifier.VerifyProof(ctx, p, o)
+	if err == nil && p.Kind == identity.Certificate && pki.Fingerprint(p.Cert) != n.state.View().AdminCertFP {
+		return nil, &protocols.AuthError{Code: "unknown-issuer", Reason: "this is not the administrator's certificate that the cluster was made with"}
+	}
+	return subject, err
 }
 
 // apiDeps is what the API sees of the node.
 func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
-		Node: n.cfg.Name, Dev: n.cfg.Dev, Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh,
+		Node: n.cfg.Name, Dev: n.cfg.Dev, Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings,
 		Authenticate: n.authenticateRequest, Decide: n.decide,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, Open: n.unseal, SignNode: n.signMember,
@@ -391,7 +402,7 @@ func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []
 	if relayed {
 		nonces = &n.relayedNonces
 	}
-	subject, err := n.verifier.VerifyProof(ctx, p, identity.ProofOptions{Roots: pki.Pool(n.ca.Raw), Cluster: n.cluster, Nonces: nonces})
+	subject, err := n.verifyProof(ctx, p, identity.ProofOptions{Nonces: nonces})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -38,6 +38,7 @@ import (
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/transport"
+	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/spool"
 	"github.com/sallyport/sallyport/recording/upload"
 )
@@ -60,22 +61,23 @@ type Node struct {
 	first   *firstEvent
 	seeds   []event.NodeInfo
 
-	store     *raftstore.Store
-	endpoint  *transport.Endpoint
-	state     *state.Projection
-	vault     atomic.Pointer[vault.Vault]
-	verifier  *identity.Verifier
-	sessions  *session.Registry
-	approvals *approval.Service
-	mesh      *tunnel.Mesh
-	api       *api.Server
-	spool     *spool.Spool
-	audit     *audit
-	targets   *targets
-	fences    *fences
-	postgres  *postgres.Protocol
-	env       *protocols.Env
-	tokens    tokenKeep
+	store      *raftstore.Store
+	endpoint   *transport.Endpoint
+	state      *state.Projection
+	vault      atomic.Pointer[vault.Vault]
+	verifier   *identity.Verifier
+	sessions   *session.Registry
+	approvals  *approval.Service
+	mesh       *tunnel.Mesh
+	api        *api.Server
+	spool      *spool.Spool
+	recordings recording.Store
+	audit      *audit
+	targets    *targets
+	fences     *fences
+	postgres   *postgres.Protocol
+	env        *protocols.Env
+	tokens     tokenKeep
 
 	// nonces refuse repeated signed requests: at this node's own door, and
 	// where another node hands one on.
@@ -187,6 +189,16 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	dest, err := upload.Open(ctx, n.cfg.Recordings)
 	if err != nil {
 		return fmt.Errorf("the store of recordings: %w", err)
+	}
+	n.recordings = dest
+	cctx, cancelCheck := context.WithTimeout(ctx, 5*time.Second)
+	err = upload.CheckWriteOnce(cctx, dest)
+	cancelCheck()
+	switch {
+	case errors.Is(err, upload.ErrOverwrites):
+		return err
+	case err != nil: // it may come back; until then the spool takes what it can
+		n.log.Warn("the store of recordings cannot be used now; recordings wait in the spool", "err", err)
 	}
 	n.spool, err = spool.Open(spool.Options{
 		Dir: filepath.Join(n.cfg.DataDir, "spool"), Node: n.cfg.Name, Cluster: n.cluster,

@@ -27,13 +27,6 @@ type storeFlags struct {
 }
 
 func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, error) {
-	location := first(s.store, os.Getenv("SALLYPORT_STORE"))
-	if location == "" {
-		return nil, replay.Trust{}, errors.New("where are the recordings? Give --store DIR or s3://bucket/prefix, or set SALLYPORT_STORE")
-	}
-	if _, err := os.Stat(location); err != nil && !hasScheme(location) {
-		return nil, replay.Trust{}, fmt.Errorf("the store: %w", err) // opening a directory store would make it
-	}
 	set, err := s.resolve()
 	if err != nil {
 		return nil, replay.Trust{}, err
@@ -42,8 +35,20 @@ func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, e
 	if !roots.AppendCertsFromPEM([]byte(set.CA)) {
 		return nil, replay.Trust{}, errors.New("whose signatures count? Give the cluster's CA certificate with --ca or SALLYPORT_CA; get it from somewhere else than the store")
 	}
+	trust := replay.Trust{Roots: roots, CheckNode: checkNode}
+	location := first(s.store, os.Getenv("SALLYPORT_STORE"))
+	if location == "" {
+		cl, err := set.client()
+		if err != nil {
+			return nil, trust, fmt.Errorf("where are the recordings? Give --store DIR or s3://bucket/prefix, set SALLYPORT_STORE, or read them through a node: %w", err)
+		}
+		return cl.Store(), trust, nil
+	}
+	if _, err := os.Stat(location); err != nil && !hasScheme(location) {
+		return nil, trust, fmt.Errorf("the store: %w", err) // opening a directory store would make it
+	}
 	st, err := upload.Open(ctx, location)
-	return st, replay.Trust{Roots: roots, CheckNode: checkNode}, err
+	return st, trust, err
 }
 
 func hasScheme(s string) bool {
@@ -73,7 +78,10 @@ func recordingsCommand(f *clientFlags) *cobra.Command {
 		Use: "recordings", Short: "List, show, replay and verify recordings from their store alone", Aliases: []string{"recording"},
 		Long: `Reads recordings from their store (a directory or an S3 bucket) and verifies them
 with the cluster's CA certificate. No node is asked. Credentials for S3 come
-from the usual places (AWS_ACCESS_KEY_ID …); reading rights are enough.`,
+from the usual places (AWS_ACCESS_KEY_ID …); reading rights are enough.
+
+Without --store they come through the API of a node, for those who may
+recordings:read; they are verified all the same.`,
 	}
 	c.PersistentFlags().StringVar(&s.store, "store", "", "directory, or s3://bucket/prefix?endpoint=URL&region=R (SALLYPORT_STORE)")
 	c.AddCommand(recordingsList(s), recordingsShow(s), recordingsReplay(s), recordingsVerify(s))

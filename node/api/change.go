@@ -253,6 +253,9 @@ func (s *Server) revoke(w http.ResponseWriter, r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	if p, err := approval.Decode[event.Revoked](ev.Payload); err != nil || ev.Type != event.TypeRevoked || p.Subject != in.Subject {
+		return nil, invalid("this Idempotency-Key was used for something else")
+	}
 	// What follows is evidence; the caller's leaving must not lose it.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), fenceTimeout+5*time.Second)
 	defer cancel()
@@ -369,6 +372,9 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		if err := approval.CheckAsked(p, node, subject, s.Now()); err != nil {
 			return nil, invalid("%v", err)
 		}
+		if err := s.roomToAsk(p.Subject); err != nil {
+			return nil, err
+		}
 		p.Claims, p.Persons = subject.Claims, subject.Persons // the leader's own reading of the token
 		if prop.Payload, err = json.Marshal(p); err != nil {
 			return nil, err
@@ -394,6 +400,30 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		return nil, err
 	}
 	return &Committed{ev.Seq, ev.Index, ev.Time}, nil
+}
+
+// Limits on requests that wait: each is an event of up to 128 KiB that every
+// node keeps, and a list that a person must be able to read.
+const (
+	maxPending        = 1000
+	maxPendingSubject = 20
+)
+
+func (s *Server) roomToAsk(subject string) error {
+	all, own, now := 0, 0, s.Now()
+	for _, a := range s.State.View().Approvals {
+		if a.State(now) == "pending" {
+			all++
+			if a.Subject == subject {
+				own++
+			}
+		}
+	}
+	if own >= maxPendingSubject || all >= maxPending {
+		return &Failure{&Problem{Code: "conflict", Status: http.StatusTooManyRequests,
+			Error: fmt.Sprintf("%d requests of %s and %d in all wait for approval already: wait until some are decided", own, subject, all)}}
+	}
+	return nil
 }
 
 // Propose brings a proposal of this node to the leader, wherever that is.

@@ -44,6 +44,8 @@ type Deps struct {
 	Sessions  *session.Registry
 	Approvals *approval.Service
 	Mesh      *tunnel.Mesh
+	// Recordings is where recordings end up, lent to readers.
+	Recordings recording.Store
 	// Authenticate says who sends a request with this body, and returns the
 	// proof that another node can check again. relayed says that a node of the
 	// cluster handed the request on.
@@ -104,6 +106,8 @@ func (s *Server) routes() {
 	read("GET /v1/revocations", policy.StatusRead, s.listRevocations)
 	change("POST /v1/revocations", policy.Revoke, s.revoke)
 	change("POST /v1/revocations/{id}/undo", policy.Revoke, s.undo)
+	read("GET /v1/recordings", policy.RecordingsRead, s.listObjects)
+	read("GET /v1/recordings/object", policy.RecordingsRead, s.getObject)
 	s.public.HandleFunc("POST /v1/cluster/join", s.join)
 
 	s.mesh.Handle("/v1/", s.public)
@@ -468,7 +472,7 @@ func (s *Server) exchange(ctx context.Context, method, node, path string, in, ou
 
 // readReply decodes an answer, or the Problem it holds.
 func readReply(resp *http.Response, out any) error {
-	data, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 80<<20))
 	if err != nil {
 		return err
 	}

@@ -155,8 +155,6 @@ func (t *Target) describe() []field {
 		out.add(fmt.Sprintf("roles %d", i+1), who+" as "+r.Role)
 	}
 	out.time("maxSession", t.MaxSession)
-	out.time("statementTimeout", t.StatementTimeout)
-	out.time("idleTimeout", t.IdleTimeout)
 	for _, s := range t.Sensitive {
 		out.add("sensitive "+strings.Join([]string{s.Database, s.Schema, s.Table, s.Column}, "."), string(s.Mask))
 	}

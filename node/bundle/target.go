@@ -22,10 +22,8 @@ type Target struct {
 	SearchPath []string // pinned for every session; default [public]
 	Roles      []Role   // the first that matches gives the session its role
 	MaxSession time.Duration
-	// StatementTimeout and IdleTimeout are 0 when not limited.
-	StatementTimeout, IdleTimeout time.Duration
-	Sensitive                     []Sensitive
-	Labels                        map[string]string
+	Sensitive  []Sensitive
+	Labels     map[string]string
 	// Dev marks a target for trials; nodes started without --dev do not serve it.
 	Dev bool
 
@@ -155,8 +153,6 @@ func (r *reading) target(f file, o *object) {
 	}
 	r.roles(o, t)
 	t.MaxSession = o.duration("maxSession", defaultMaxSession, time.Minute, longestSession)
-	t.StatementTimeout = o.duration("statementTimeout", 0, time.Millisecond, longestSession)
-	t.IdleTimeout = o.duration("idleTimeout", 0, time.Second, longestSession)
 	r.sensitive(o, t)
 	t.Labels = o.textMap("labels")
 	o.done()

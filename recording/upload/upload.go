@@ -49,6 +49,10 @@ func Open(ctx context.Context, location string) (recording.Store, error) {
 	return nil, fmt.Errorf("recording: store %s: known are a path, file:// and s3://", u.Redacted())
 }
 
+// ErrOverwrites: the store replaces objects although it was told not to
+// (If-None-Match: *). Recordings would not be safe there.
+var ErrOverwrites = errors.New("the store overwrites objects although told not to (If-None-Match: *): recordings there would not be safe")
+
 // checkKey is the object CheckWriteOnce writes.
 const checkKey = "check/write-once"
 
@@ -62,7 +66,7 @@ func CheckWriteOnce(ctx context.Context, store recording.Store) error {
 	}
 	err := store.Put(ctx, checkKey, []byte("sallyport: this store overwrites objects\n"))
 	if err == nil {
-		return fmt.Errorf("recording: store %s overwrites objects although told not to (If-None-Match: *): recordings there would not be safe", store)
+		return fmt.Errorf("recording: store %s: %w", store, ErrOverwrites)
 	}
 	if !errors.Is(err, recording.ErrExists) {
 		return fmt.Errorf("recording: store %s cannot be written: %w", store, err)
@@ -72,7 +76,7 @@ func CheckWriteOnce(ctx context.Context, store recording.Store) error {
 		return fmt.Errorf("recording: store %s cannot be read: %w", store, err)
 	}
 	if !bytes.Equal(got, want) {
-		return fmt.Errorf("recording: store %s holds another %s than was written", store, checkKey)
+		return fmt.Errorf("recording: store %s holds another %s than was written: %w", store, checkKey, ErrOverwrites)
 	}
 	return nil
 }

@@ -79,7 +79,6 @@ func find(t testing.TB) string {
 	if p, err := exec.LookPath("versitygw"); err == nil {
 		tried = append(tried, p)
 	}
-	tried = append(tried, "/tmp/cache/bin/versitygw")
 	for _, p := range tried {
 		if info, err := os.Stat(p); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
 			return p
