@@ -221,11 +221,6 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 		closeRecord(recording.Ending{At: now, Reason: "revoked"})
 		return refuse(&protocols.Refusal{Rule: "revoked", Reason: revokedError(subject, rev).Reason, Code: "28000"})
 	}
-	expiry := time.AfterFunc(time.Until(deadline), func() {
-		cctx, cancel := context.WithTimeout(context.Background(), fenceWait)
-		defer cancel()
-		_ = e.Cut(cctx, &protocols.Refusal{Rule: "max-session", Reason: fmt.Sprintf("sessions on target %s last at most %v: connect again", want.Target, target.MaxSession), Code: "57P01"})
-	})
 	var once sync.Once
 	return &protocols.Access{
 		SessionID: id, Subject: subject, Target: want.Target, Profile: want.Profile, Database: want.Database, Client: client,
@@ -242,7 +237,6 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 		OnCut: e.OnCut,
 		Close: func(end recording.Ending) {
 			once.Do(func() {
-				expiry.Stop()
 				n.sessions.Done(e)
 				n.tokens.drop(subject)
 				closeRecord(end)

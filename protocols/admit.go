@@ -58,8 +58,8 @@ type Memo struct {
 	actions  []string
 }
 
-// memoLife is how long a decision may be repeated without asking again, so
-// that rules about time take effect within it.
+// memoLife is how long a decision may be repeated without asking again. A
+// decision by a rule that reads the clock is not repeated at all.
 const memoLife = time.Second
 
 // Admission is leave to forward one operation. Only Admit makes one.
@@ -262,7 +262,7 @@ func (c *Channel) decide(op *Operation, now time.Time, approved []string) (polic
 	}}
 	d, index := env.Decide(&c.request)
 	actions := actionsOf(op.Pairs)
-	if m != nil && len(approved) == 0 {
+	if m != nil && len(approved) == 0 && !d.Volatile {
 		*m = Memo{valid: true, index: index, inTx: op.InTransaction, until: now.Add(memoLife), decision: d, actions: actions}
 	}
 	return d, index, actions

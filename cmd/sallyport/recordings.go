@@ -272,7 +272,7 @@ docs/recording-format.md).`,
 				printReport(cmd.OutOrStdout(), rep, time.Since(began))
 			}
 			if !rep.OK() {
-				return fmt.Errorf("%d problem(s): these recordings are not what the nodes wrote", len(rep.Problems)+rep.More)
+				return fmt.Errorf("%d recording(s) are not what the nodes wrote, or are missing: see above", max(1, rep.Broken))
 			}
 			return nil
 		},

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/sallyport/sallyport/policy"
@@ -130,8 +131,10 @@ func (p *Protocol) run(ctx context.Context, s *protocols.Session, a *protocols.A
 			var r *protocols.Refusal
 			if errors.As(err, &r) {
 				end.Detail = r.Reason
-				switch r.Rule {
-				case "revoked", "shutdown":
+				switch {
+				case r.Rule == "revoked" || strings.HasPrefix(r.Rule, "revocation/"):
+					end.Reason = "revoked"
+				case r.Rule == "shutdown" || r.Rule == "session-limit":
 					end.Reason = r.Rule
 				}
 			}
