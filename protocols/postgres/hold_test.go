@@ -2,7 +2,6 @@ package postgres_test
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"strings"
 	"testing"
@@ -286,5 +285,3 @@ func TestHoldTooLarge(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
-var _ = binary.BigEndian

@@ -14,7 +14,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/sallyport/sallyport/policy"
-	"github.com/sallyport/sallyport/protocols"
 	"github.com/sallyport/sallyport/recording"
 )
 
@@ -484,5 +483,3 @@ func TestStatementLimits(t *testing.T) {
 		t.Error(got)
 	}
 }
-
-var _ = protocols.Unknown

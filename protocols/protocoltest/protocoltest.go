@@ -64,6 +64,7 @@ type Node struct {
 	expires   time.Time
 	open      func(protocols.Want) error
 	wrap      func(net.Conn) net.Conn
+	secured   bool
 	sessions  []*Session
 	serving   sync.WaitGroup
 	errs      []error
@@ -126,6 +127,14 @@ func (n *Node) WrapClient(wrap func(net.Conn) net.Conn) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.wrap = wrap
+}
+
+// Secured makes clients' connections count as secured by the listener, so that
+// tests can see and cut the protocol's own bytes.
+func (n *Node) Secured() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.secured = true
 }
 
 // WrapTarget wraps the connections to the target from now on.
@@ -246,9 +255,10 @@ func (n *Node) Serve(p protocols.Protocol) {
 			if n.wrap != nil {
 				c = n.wrap(c)
 			}
+			secured := n.secured
 			n.mu.Unlock()
 			n.serving.Go(func() {
-				err := p.Serve(ctx, &protocols.Session{Client: c, Env: n.Env()})
+				err := p.Serve(ctx, &protocols.Session{Client: c, Secured: secured, Env: n.Env()})
 				n.mu.Lock()
 				n.errs = append(n.errs, err)
 				if err != nil {
