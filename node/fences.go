@@ -29,6 +29,7 @@ type fences struct {
 	mu       sync.Mutex
 	runs     map[uint64]*fenceRun // by the revocation's event
 	order    []uint64
+	wg       sync.WaitGroup // runs; the node waits for them when it stops
 }
 
 type fenceRun struct {
@@ -57,7 +58,7 @@ func (f *fences) begin(_ *state.View, e event.Event) {
 		f.order = f.order[1:]
 	}
 	f.mu.Unlock()
-	go func() {
+	f.wg.Go(func() {
 		defer close(run.done)
 		ctx, cancel := context.WithTimeout(context.Background(), fenceWait)
 		defer cancel()
@@ -68,7 +69,7 @@ func (f *fences) begin(_ *state.View, e event.Event) {
 			return
 		}
 		run.result = event.NodeFenced{Node: f.node, State: "confirmed", At: time.Now().UTC(), Sessions: n}
-	}()
+	})
 }
 
 // wait returns how the revocation at seq went here. A node that folded it

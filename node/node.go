@@ -259,6 +259,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		if gerr := g.Wait(); gerr != nil && err == nil {
 			err = gerr
 		}
+		n.fences.wg.Wait()
 		n.background.Wait()
 	})
 	run := func(what string, f func(context.Context) error) {
@@ -373,12 +374,16 @@ func (n *Node) bootstrap(ctx context.Context) error {
 		return err
 	}
 	for {
+		// It may be there since before a crash, and another node lead now.
+		if _, there, err := n.store.ByID(n.first.ID); err == nil && there {
+			return os.Remove(filepath.Join(n.cfg.DataDir, bootstrapFile))
+		}
 		_, err := n.store.Append(ctx, event.Proposal{
 			ID: n.first.ID, Type: event.TypeClusterCreated, Version: 1, Aggregate: "cluster", Expect: 0, Payload: payload,
 			Actor: event.Actor{Principal: n.cfg.Name, Kind: event.Node, Authn: "node", CertFP: pki.Fingerprint(n.cert.Raw), Via: n.cfg.Name},
 		})
 		if err == nil {
-			return os.Remove(filepath.Join(n.cfg.DataDir, bootstrapFile))
+			continue
 		}
 		var conflict *raftstore.ConflictError
 		if errors.As(err, &conflict) {
@@ -428,24 +433,36 @@ func (n *Node) announceOnce(ctx context.Context) {
 	}
 }
 
-// catchUp waits until the events this node had when it stopped are folded and,
-// in a new node, until the cluster's first ones have come.
+// catchUp waits until this node has folded what the cluster had agreed on when
+// it started. A node that was away does not know what was revoked meanwhile:
+// before it does, and while there is no majority to ask, it serves nobody.
 func (n *Node) catchUp(ctx context.Context) error {
-	head, _, _ := n.store.Head()
-	waiting := time.NewTicker(10 * time.Second)
-	defer waiting.Stop()
+	warn := time.NewTicker(10 * time.Second)
+	defer warn.Stop()
+	retry := time.NewTicker(100 * time.Millisecond)
+	defer retry.Stop()
+	head, known := uint64(0), false
 	for {
 		changed := n.state.Changed()
-		v := n.state.View()
-		if _, member := v.Nodes[n.cfg.Name]; member && v.Seq >= head {
-			return nil
+		if v := n.state.View(); v.Nodes[n.cfg.Name].Name != "" && v.Seq > 0 {
+			if !known {
+				if h, err := n.api.ClusterHead(ctx); err == nil {
+					head, known = h, true
+				} else {
+					n.log.Debug("asking the leader for its newest event", "err", err)
+				}
+			}
+			if known && v.Seq >= head {
+				return nil
+			}
 		}
 		select {
 		case <-changed:
+		case <-retry.C:
 		case err := <-n.fatal:
 			return err
-		case <-waiting.C:
-			n.log.Warn("still waiting for the cluster's state: is a majority of its nodes running and reachable?")
+		case <-warn.C:
+			n.log.Warn("waiting for the cluster before serving anybody: is a majority of its nodes running, and is UDP open between them?")
 		case <-ctx.Done():
 			return ctx.Err()
 		}

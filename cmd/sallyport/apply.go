@@ -151,7 +151,7 @@ func confirm(in io.Reader, out io.Writer, question string) error {
 		return nil
 	}
 	if err != nil && line == "" {
-		return errors.New("nobody answered, so nothing was changed; --yes does not ask")
+		return errors.New("nobody answered, so nothing was done; --yes does not ask")
 	}
-	return errors.New("nothing was changed")
+	return errors.New("nothing was done")
 }

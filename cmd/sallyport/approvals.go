@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -113,6 +114,7 @@ func approvalsVote(f *clientFlags, approve bool) *cobra.Command {
 		verb, done = "approve", "Approved"
 	}
 	var comment, digest string
+	var yes bool
 	c := &cobra.Command{
 		Use: verb + " ID", Short: strings.ToUpper(verb[:1]) + verb[1:] + " a held command", Args: exactArgs("ID"),
 		Long: strings.ToUpper(verb[:1]) + verb[1:] + `s a held command. It is shown once more; the decision is bound
@@ -133,6 +135,11 @@ looked at earlier.`,
 			if !f.json {
 				showApproval(cmd, a)
 			}
+			if digest == "" && !yes && isTerminal(os.Stdin) {
+				if err := confirm(cmd.InOrStdin(), cmd.ErrOrStderr(), strings.ToUpper(verb[:1])+verb[1:]+" exactly this? [yes/no] "); err != nil {
+					return err
+				}
+			}
 			res, err := cl.Vote(cmd.Context(), a.ID, a.Digest, approve, comment)
 			if err != nil {
 				return err
@@ -145,6 +152,7 @@ looked at earlier.`,
 		},
 	}
 	c.Flags().StringVar(&comment, "comment", "", "a word to the requester, kept with the decision")
+	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask (without a terminal nobody is asked)")
 	c.Flags().StringVar(&digest, "digest", "", "refuse unless the request has this digest")
 	return c
 }

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/sallyport/sallyport/protocols/protocoltest/pgserver"
 )
@@ -66,9 +67,10 @@ exit code is 1 if any step was not as it should be.`,
 	return c
 }
 
+// isTerminal tells a terminal from other character devices, such as /dev/null.
 func isTerminal(f *os.File) bool {
-	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
 
 func (d *demo) play(once bool) (err error) {

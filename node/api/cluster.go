@@ -19,6 +19,7 @@ import (
 
 	"github.com/sallyport/sallyport/node/config"
 	"github.com/sallyport/sallyport/node/tunnel"
+	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/recording"
 )
@@ -298,4 +299,44 @@ func (s *Server) meshAnnounce(w http.ResponseWriter, r *http.Request) {
 // that is not the leader refuses; the caller goes on to the next.
 func (s *Server) Announce(ctx context.Context, node string) error {
 	return s.exchange(ctx, http.MethodPost, node, "/mesh/v1/announce", struct{}{}, nil)
+}
+
+// head is the newest event of a leader.
+type head struct {
+	Seq uint64 `json:"seq"`
+}
+
+// ClusterHead is the number of the newest event that the cluster had agreed on
+// when this was called: the leader says it after a majority has confirmed that
+// it leads.
+func (s *Server) ClusterHead(ctx context.Context) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	defer cancel()
+	switch leader, _ := s.Store.Leader(); leader {
+	case "":
+		return 0, raftstore.ErrNoLeader
+	case s.Node:
+		return s.confirmedHead(ctx)
+	default:
+		var h head
+		err := s.get(ctx, leader, "/mesh/v1/head", &h)
+		return h.Seq, err
+	}
+}
+
+func (s *Server) confirmedHead(ctx context.Context) (uint64, error) {
+	if err := s.Store.Barrier(ctx); err != nil {
+		return 0, err
+	}
+	seq, _, _ := s.Store.Head()
+	return seq, nil
+}
+
+func (s *Server) meshHead(w http.ResponseWriter, r *http.Request) {
+	seq, err := s.confirmedHead(r.Context())
+	if err != nil {
+		fail(w, problem(err))
+		return
+	}
+	reply(w, head{seq})
 }

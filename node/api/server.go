@@ -112,6 +112,7 @@ func (s *Server) routes() {
 
 	s.mesh.Handle("/v1/", s.public)
 	s.mesh.HandleFunc("GET /mesh/v1/status", s.meshStatus)
+	s.mesh.HandleFunc("GET /mesh/v1/head", s.meshHead)
 	s.mesh.HandleFunc("GET /mesh/v1/sessions", s.meshSessions)
 	s.mesh.HandleFunc("POST /mesh/v1/announce", s.meshAnnounce)
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
