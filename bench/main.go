@@ -397,19 +397,58 @@ func (b *bench) profileNode(ctx context.Context) error {
 	if turnErr != nil {
 		return turnErr
 	}
-	out, err := exec.CommandContext(ctx, perf, "report", "-i", file, "--stdio", "--no-children", "-q", "-F", "overhead,sym", "--percent-limit", "1").Output()
+	out, err := exec.CommandContext(ctx, perf, "report", "-i", file, "--stdio", "--no-children", "-q", "-F", "overhead,sym").Output()
 	if err != nil {
 		return fmt.Errorf("perf report: %w", err)
 	}
-	fmt.Printf("where the node's time goes (simple, %d clients; [k] is the kernel)\n", b.clients)
-	lines := 0
-	for line := range strings.Lines(string(out)) {
-		if line = strings.TrimRight(line, " \n"); line != "" && lines < 25 {
-			fmt.Println("  " + strings.TrimSpace(line))
-			lines++
-		}
-	}
+	functions, packages := shares(string(out))
+	fmt.Printf("where the node's time goes (simple, %d clients), by package, then by function\n", b.clients)
+	printShares(packages, 15)
+	printShares(functions, 15)
 	return nil
+}
+
+// share is a part of the node's CPU time, in percent.
+type share struct {
+	of      string
+	percent float64
+}
+
+var reportLine = regexp.MustCompile(`(?m)^ *([0-9.]+)% +\[(.)\] (\S+)`)
+
+// shares reads what perf report printed, and adds it up by Go package; the
+// kernel counts as one.
+func shares(report string) (functions, packages []share) {
+	sum := map[string]float64{}
+	for _, m := range reportLine.FindAllStringSubmatch(report, -1) {
+		percent, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			continue
+		}
+		name, pkg := m[3], "kernel"
+		if m[2] == "k" {
+			name = "kernel: " + name
+		} else {
+			slash := strings.LastIndexByte(strings.SplitN(name, "[", 2)[0], '/') + 1
+			pkg = name[:slash] + strings.SplitN(name[slash:], ".", 2)[0]
+		}
+		functions = append(functions, share{name, percent})
+		sum[pkg] += percent
+	}
+	for pkg, percent := range sum {
+		packages = append(packages, share{pkg, percent})
+	}
+	for _, s := range [][]share{functions, packages} {
+		slices.SortFunc(s, func(a, b share) int { return cmp.Or(cmp.Compare(b.percent, a.percent), cmp.Compare(a.of, b.of)) })
+	}
+	return functions, packages
+}
+
+func printShares(all []share, n int) {
+	for _, s := range all[:min(n, len(all))] {
+		fmt.Printf("  %5.1f %%  %s\n", s.percent, strings.TrimPrefix(s.of, "github.com/sallyport/sallyport/"))
+	}
+	fmt.Println()
 }
 
 func median(v []float64) float64 {

@@ -266,7 +266,7 @@ func (c *Cluster) configure(ctx context.Context) error {
 
 // Apply applies what is in ConfigDir.
 func (c *Cluster) Apply(ctx context.Context) error {
-	_, err := c.CLI(ctx, append(c.AdminEnv(), "TARGET_PASSWORD="+adminPassword), "apply", "-f", c.ConfigDir, "--yes")
+	_, err := c.CLI(ctx, append(c.AdminEnv(), "TARGET_PASSWORD="+adminPassword), "apply", "-f", c.ConfigDir, "--dev", "--yes")
 	return err
 }
 
@@ -287,8 +287,8 @@ func (c *Cluster) Stop() {
 	os.RemoveAll(c.Dir)
 }
 
-// WaitReady returns when every running node is reachable, agrees on a leader,
-// has applied what is committed, and uses its newest configuration.
+// WaitReady returns when the running nodes are reachable, agree on a leader,
+// and have the same events and the same configuration.
 func (c *Cluster) WaitReady(ctx context.Context) error {
 	var running []*Node
 	var servers []string
@@ -318,8 +318,8 @@ func (c *Cluster) WaitReady(ctx context.Context) error {
 
 // agree says what keeps the nodes from being ready, or nil.
 func agree(st *api.Status, running []*Node) error {
-	var leader string
-	var config, commit uint64
+	var leader, chain string
+	var config uint64
 	for i, n := range running {
 		var s *api.NodeStatus
 		for j := range st.Nodes {
@@ -342,11 +342,10 @@ func agree(st *api.Status, running []*Node) error {
 			return fmt.Errorf("leader is %s or %s", leader, s.Leader)
 		case i > 0 && s.ConfigIndex != config:
 			return fmt.Errorf("configuration %d or %d", config, s.ConfigIndex)
+		case i > 0 && s.Chain != chain:
+			return fmt.Errorf("node %s has other events (%d) than those before", n.Name, s.Events)
 		}
-		leader, config, commit = s.Leader, s.ConfigIndex, max(commit, s.CommitIndex)
-		if s.AppliedIndex < commit {
-			return fmt.Errorf("node %s has applied %d of %d", n.Name, s.AppliedIndex, commit)
-		}
+		leader, config, chain = s.Leader, s.ConfigIndex, s.Chain
 	}
 	return nil
 }
@@ -602,7 +601,7 @@ func (c *Cluster) Leader(ctx context.Context) (*Node, error) {
 	}
 	for _, s := range st.Nodes {
 		for _, n := range c.Nodes {
-			if s.Reachable && s.Node == n.Name && s.RaftState == "Leader" {
+			if s.Reachable && s.Node == n.Name && strings.EqualFold(s.RaftState, "leader") {
 				return n, nil
 			}
 		}
