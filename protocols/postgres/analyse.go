@@ -43,6 +43,7 @@ type analysis struct {
 
 	reads    bool // some part's result or errors may show masked columns
 	changes  bool // some part changes the catalogue
+	shifts   bool // and may make a name mean something that existed before
 	resolves bool // some part is EXECUTE: what it does depends on a name
 	prepares bool // all parts are PREPARE: nothing runs
 	copyIn   bool
@@ -195,12 +196,10 @@ func newAnalysis(text string, w *world) *analysis {
 		if len(p.Pairs) == 0 && p.Problem == nil && p.Execute == "" && an.problem == nil {
 			an.problem = &protocols.Refusal{Rule: "unknown", Reason: "the gateway cannot tell what " + orElse(p.Verb, "this") + " does", Code: "0A000"}
 		}
-		if an.changes && w.masking && an.problem == nil && !blind(p) {
-			an.problem = unsettledCatalog()
-		}
 		an.pairs = append(an.pairs, p.Pairs...)
 		an.reads = an.reads || p.Reads
 		an.changes = an.changes || p.ChangesCatalog
+		an.shifts = an.shifts || (p.ChangesCatalog && !additive(p))
 		an.resolves = an.resolves || p.Execute != ""
 		an.prepares = an.prepares && p.Prepare != ""
 		an.copyIn = an.copyIn || p.CopyIn
@@ -214,12 +213,26 @@ func unsettledCatalog() *protocols.Refusal {
 	return &protocols.Refusal{Rule: "masking", Reason: "the catalogue was changed earlier in this transaction, so what is masked in this statement is not certain: commit first", Code: "42501"}
 }
 
+// additive says that what a statement does to the catalogue leaves every name
+// that meant something with the same meaning.
+func additive(p *sql.Statement) bool {
+	for _, pair := range p.Pairs {
+		switch pair.Action {
+		case policy.PostgresCreateTable, policy.PostgresCreateIndex, policy.PostgresCreateSequence, policy.PostgresAlterTable, policy.PostgresAlterIndex,
+			policy.PostgresAlterSequence, policy.PostgresComment, policy.PostgresSelect, policy.PostgresInsert, policy.PostgresGrant, policy.PostgresRevokePrivilege:
+		default:
+			return false
+		}
+	}
+	return true
+}
+
 // blind says that a statement reads nothing, so that it may run where the
-// catalogue is not certain.
+// catalogue is not certain. Inside one string package sql sees to it.
 func blind(p *sql.Statement) bool {
 	for _, pair := range p.Pairs {
 		switch pair.Action {
-		case policy.PostgresTransaction, policy.PostgresInsert, policy.PostgresComment, policy.PostgresSet, policy.PostgresShow, policy.PostgresReset,
+		case policy.PostgresTransaction, policy.PostgresInsert, policy.PostgresComment, policy.PostgresSet, policy.PostgresShow, policy.PostgresReset, policy.PostgresPrepare,
 			policy.PostgresCreateTable, policy.PostgresCreateIndex, policy.PostgresCreateSequence, policy.PostgresCreateType, policy.PostgresCreateSchema,
 			policy.PostgresAlterTable, policy.PostgresAlterIndex, policy.PostgresAlterSequence, policy.PostgresAlterType, policy.PostgresAlterSchema,
 			policy.PostgresDropTable, policy.PostgresDropView, policy.PostgresDropIndex, policy.PostgresDropSequence, policy.PostgresDropType, policy.PostgresDropSchema,
@@ -228,7 +241,7 @@ func blind(p *sql.Statement) bool {
 			return false
 		}
 	}
-	return len(p.Pairs) > 0
+	return true
 }
 
 // unknown says that the analysis failed for want of a name.

@@ -45,7 +45,7 @@ type gateway struct {
 	t      *testing.T
 	server *pgserver.Server
 	db     string
-	alarms chan string
+	path   []string
 }
 
 const schema = `
@@ -80,7 +80,7 @@ func startOn(t *testing.T, server *pgserver.Server, options ...func(*postgres.Co
 		server.Exec(c, db, fmt.Sprintf(`DROP OWNED BY %q CASCADE`, role))
 		server.Exec(c, db, fmt.Sprintf(`DROP ROLE %q`, role))
 	})
-	g := &gateway{t: t, server: server, db: db, alarms: make(chan string, 8)}
+	g := &gateway{t: t, server: server, db: db, path: []string{"public"}}
 	signal := func(f string) func(context.Context, uint32) error {
 		return func(ctx context.Context, backend uint32) error {
 			return server.Exec(ctx, "postgres", fmt.Sprintf("SELECT %s(%d)", f, backend))
@@ -118,7 +118,8 @@ func startOn(t *testing.T, server *pgserver.Server, options ...func(*postgres.Co
 			}
 			return mask.Redact
 		},
-		HashKey: []byte("key"),
+		SearchPath: func(string) []string { return g.path },
+		HashKey:    []byte("key"),
 	}
 	for _, o := range options {
 		o(&cfg)

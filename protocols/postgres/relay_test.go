@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"bytes"
+	"crypto/tls"
 	"flag"
 	"fmt"
 	"io"
@@ -214,5 +215,32 @@ func TestDeepPipeline(t *testing.T) {
 	}()
 	if got := r.until('Z', 1); len(got) != 20_002 {
 		t.Fatalf("%d messages", len(got))
+	}
+}
+
+// Direct TLS: the listener has ended it, and the client begins with its
+// StartupMessage.
+func TestDirectTLS(t *testing.T) {
+	g := start(t)
+	g.Secured()
+	config := g.TLS.Clone()
+	config.NextProtos = []string{"postgresql"}
+	g.WrapClient(func(c net.Conn) net.Conn { return tls.Server(c, config) })
+	r := g.dial()
+	r.Conn = tls.Client(r.Conn, &tls.Config{RootCAs: g.Roots, ServerName: "localhost", NextProtos: []string{"postgresql"}})
+	r.startup("user", "prod-db", "database", g.db)
+	r.expect('R')
+	r.send('p', "good\x00")
+	r.until('Z', 1)
+	r.send('Q', "SELECT 1\x00")
+	if got := r.until('Z', 1); len(got) != 4 {
+		t.Fatalf("%q", got)
+	}
+	// SSLRequest inside TLS is not a thing.
+	r = g.dial()
+	r.Conn = tls.Client(r.Conn, &tls.Config{RootCAs: g.Roots, ServerName: "localhost"})
+	r.Write([]byte{0, 0, 0, 8, 4, 210, 22, 47})
+	if got := line('E', r.expect('E')); !strings.HasPrefix(got, "E 08P01") {
+		t.Error(got)
 	}
 }

@@ -41,6 +41,7 @@ type requests struct {
 	ran       bool              // something ran since the last Sync: an implicit transaction may be open
 	inBlock   bool              // a transaction block is open, as far as was sent
 	unsettled bool              // the catalogue, or all names, may change by what was sent
+	shifted   bool              // a name may mean another thing than the catalogue known here says
 	set       map[string]string // what SET asked for, by name
 	parses    int
 }
@@ -284,24 +285,32 @@ func (q *requests) oversize(frame []byte, op *protocols.Operation) error {
 }
 
 // settleCatalog makes sure that analyses that follow a change of the
-// catalogue see it.
+// catalogue see it, as soon as the change is there for others to see.
 func (q *requests) settleCatalog(ctx context.Context) error {
 	if !q.unsettled {
 		return q.look(ctx, false)
 	}
-	if err := q.ch.Barrier(ctx); err != nil {
-		return err
-	}
-	if err := q.await(ctx, q.idle); err != nil {
-		return err
+	q.mu.Lock()
+	wait := !q.idle()
+	q.mu.Unlock()
+	if wait {
+		if err := q.ch.Barrier(ctx); err != nil {
+			return err
+		}
+		if err := q.await(ctx, q.idle); err != nil {
+			return err
+		}
 	}
 	q.mu.Lock()
-	certain := q.status == 'I' && !q.skipping && !q.ran
+	committed := q.status == 'I' && !q.skipping && !q.ran
 	q.mu.Unlock()
+	if !committed {
+		return q.look(ctx, false) // what an open transaction made shows to nobody else
+	}
 	if err := q.look(ctx, true); err != nil {
 		return err
 	}
-	q.unsettled = !certain // an open transaction's changes show to nobody else
+	q.unsettled, q.shifted = false, false
 	return nil
 }
 
@@ -324,7 +333,7 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 	op.Empty = len(an.parts) == 0
 	op.Prepares = op.Prepares || an.prepares
 	t.names, t.inner = nil, nil
-	if q.unsettled && an.world.masking && op.Problem == nil {
+	if q.shifted && an.world.masking && op.Problem == nil {
 		for i := range an.parts {
 			if !blind(&an.parts[i]) && an.parts[i].Execute == "" {
 				op.Problem = unsettledCatalog()
@@ -376,7 +385,7 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 			case op.Problem != nil:
 			case inner.problem != nil:
 				op.Problem = inner.problem
-			case inner.reads || (q.unsettled && an.world.masking):
+			case inner.reads || (q.shifted && an.world.masking):
 				op.Problem = &protocols.Refusal{Rule: "masking", Reason: "EXECUTE of a statement that reads masked columns: use the statement itself, or the protocol's own prepared statements", Code: "42501"}
 			}
 			if inner.changes {
@@ -390,7 +399,7 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 // changes marks the task's analysis as one that changes the catalogue.
 func (t *task) changes() {
 	an := *t.an
-	an.changes, an.memo = true, protocols.Memo{}
+	an.changes, an.shifts, an.memo = true, true, protocols.Memo{}
 	t.an = &an
 }
 
@@ -610,6 +619,7 @@ func (q *requests) effects(t *task, w *awaited) {
 	}
 	if t.an.changes {
 		q.unsettled = true
+		q.shifted = q.shifted || t.an.shifts
 	}
 	if t.an.copyIn && !q.skipping {
 		q.copy = copyAsked
