@@ -2,6 +2,7 @@ package sql
 
 import (
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -64,6 +65,7 @@ type Relation struct {
 	children   []*Relation
 	bases      []*Relation // what a view depends on, directly
 	keys       []*foreignKey
+	generated  []generatedRow
 	sensitive  map[int16][]policy.Resource // declared for this column or for one of its family
 }
 
@@ -119,6 +121,7 @@ type rows struct {
 	Depends        [][2]uint32 // view, what it reads
 	Exprs          []exprRow
 	Keys           []keyRow
+	Generated      []generatedRow
 	Functions      []routine
 	Operators      []routine
 	Builtin        []string
@@ -144,6 +147,12 @@ type exprRow struct {
 	Table  uint32
 	Policy bool
 	Text   string
+}
+
+// generatedRow says that a generated column is computed from another.
+type generatedRow struct {
+	Table        uint32
+	Column, From int16
 }
 
 type keyRow struct {
@@ -212,6 +221,11 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 			to.keys = append(to.keys, key)
 		}
 	}
+	for _, g := range r.Generated {
+		if rel := c.relations[g.Table]; rel != nil {
+			rel.generated = append(rel.generated, g)
+		}
+	}
 	for _, f := range r.Functions {
 		c.functions[f.Name] = append(c.functions[f.Name], f)
 	}
@@ -229,13 +243,18 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 		return nil, err
 	}
 	h := sha256.New()
-	fmt.Fprintf(h, "%#v\n%q", *r, sensitive)
+	for _, v := range []any{r, sensitive} {
+		if err := json.NewEncoder(h).Encode(v); err != nil {
+			return nil, err
+		}
+	}
 	h.Sum(c.digest[:0])
 	return c, nil
 }
 
-// declare marks sensitive columns and, by name, the same columns of all tables
-// that share rows with theirs: parents, children and partitions.
+// declare marks sensitive columns; by name, the same columns of all tables that
+// share rows with theirs (parents, children, partitions); and columns that are
+// generated from any of them.
 func (c *Catalog) declare(sensitive []policy.Resource) error {
 	for _, r := range sensitive {
 		var columns []string
@@ -289,6 +308,14 @@ func (c *Catalog) spread(rel *Relation, name string, r policy.Resource, seen map
 		rel.sensitive = map[int16][]policy.Resource{}
 	}
 	rel.sensitive[col.Num] = append(rel.sensitive[col.Num], r)
+	for _, g := range rel.generated {
+		for i := range rel.Columns {
+			if g.From == col.Num && rel.Columns[i].Num == g.Column {
+				// A generated column cannot be computed from another one.
+				c.spread(rel, rel.Columns[i].Name, r, map[*Relation]bool{})
+			}
+		}
+	}
 	for _, p := range rel.parents {
 		c.spread(p, name, r, seen)
 	}

@@ -57,6 +57,9 @@ func (c *Catalog) examineNow(text string) finding {
 	}()
 	for _, t := range a.touched {
 		f.relations = append(f.relations, t.rel)
+		if f.reason == "" && t.rel.Schema == "pg_catalog" && t.rel.Name == "pg_attribute" && readsMissingValues(list[0].tree) {
+			f.reason = "it reads pg_attribute.attmissingval, which holds values"
+		}
 	}
 	switch {
 	case f.reason != "":
@@ -214,8 +217,15 @@ func (c *Catalog) storedHazardNow(rel *Relation) string {
 		}
 	}
 	for _, col := range rel.Columns {
-		if t := c.typeOIDs[col.Type]; t != nil && t.Kind == 'd' && t.Checked {
-			return fmt.Sprintf("column %s is of a domain with constraints, which could run code unseen", col.Name)
+		t := c.typeOIDs[col.Type]
+		for range 100 {
+			if t == nil {
+				break
+			}
+			if t.Checked {
+				return fmt.Sprintf("column %s is of a domain with constraints, which could run code unseen", col.Name)
+			}
+			t = c.typeOIDs[max(t.Base, t.Elem)]
 		}
 	}
 	return c.policyHazard(rel)

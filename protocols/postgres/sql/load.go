@@ -190,6 +190,18 @@ var loadSteps = []loadStep{
 			SELECT conrelid, confrelid, conkey, confkey, confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd')
 			FROM pg_constraint WHERE contype = 'f' ORDER BY oid`)
 	}},
+	{"generated columns", func(ctx context.Context, q Querier, r *rows) error {
+		return collect(ctx, q, &r.Generated, maxColumns, func(g *generatedRow) []any { return []any{&g.Table, &g.Column, &g.From} }, `
+			SELECT d.objid, d.objsubid::int2, d.refobjsubid::int2 FROM pg_depend d
+			WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.objid = d.refobjid
+			      AND d.objsubid > 0 AND d.refobjsubid > 0 AND d.objsubid <> d.refobjsubid
+			UNION
+			SELECT a.adrelid, a.adnum, d.refobjsubid::int2
+			FROM pg_attrdef a JOIN pg_attribute t ON t.attrelid = a.adrelid AND t.attnum = a.adnum
+			     JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid
+			WHERE t.attgenerated <> '' AND d.refclassid = 'pg_class'::regclass AND d.refobjid = a.adrelid AND d.refobjsubid > 0 AND d.refobjsubid <> a.adnum
+			ORDER BY 1, 2, 3`)
+	}},
 	{"functions", func(ctx context.Context, q Querier, r *rows) error {
 		return collect(ctx, q, &r.Functions, maxRelations, func(f *routine) []any { return []any{&f.OID, &f.Schema, &f.Name, &f.Types, &f.Row} }, `
 			SELECT p.oid, n.nspname::text, p.proname::text,

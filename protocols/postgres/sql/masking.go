@@ -112,6 +112,12 @@ func (a *analysis) mask(tree ast.Stmt) {
 			return
 		}
 	}
+	for _, t := range a.columns {
+		if !a.quietType(t) {
+			a.refuse(masking("type %s, unknown or with constraints, is refused while columns of this database are masked for you: it could run code that reads them unseen", strings.Join(namesOf(t), ".")))
+			return
+		}
+	}
 	for _, t := range a.alters {
 		if !maskingAlters[t] {
 			a.refuse(masking("this form of ALTER TABLE is refused while columns of this database are masked for you"))
@@ -141,46 +147,42 @@ func (a *analysis) declaredMasked(rel *Relation) bool {
 	})
 }
 
-// readsMissingValues says whether a query of pg_attribute may show
-// attmissingval: by name, by a star, or by a whole row.
+// readsMissingValues says whether a query of pg_attribute may show or compare
+// attmissingval, the value that ADD COLUMN … DEFAULT gave to older rows: by
+// name, by a star, by a whole row, by a join over all columns.
 func readsMissingValues(tree ast.Node) bool {
-	aliases := map[string]bool{}
+	aliases := map[string]bool{"pg_attribute": true}
 	var names []string
 	found := false
+	alias := func(as *ast.Alias) {
+		if as != nil {
+			aliases[as.AliasName] = true
+			found = found || as.ColNames != nil // columns under other names
+		}
+	}
 	var walk func(ast.Node)
 	walk = func(n ast.Node) {
 		switch n := n.(type) {
 		case *ast.RangeVar:
-			aliases[n.RelName] = true
-		case *ast.Alias:
-			aliases[n.AliasName] = true
-			if n.ColNames != nil {
-				found = true // columns under other names
+			if n.RelName == "pg_attribute" {
+				alias(n.Alias)
 			}
+		case *ast.JoinExpr:
+			alias(n.Alias)
+			found = found || n.IsNatural
 		case *ast.ColumnRef:
-			for i, f := range items(n.Fields) {
-				switch f := f.(type) {
-				case *ast.A_Star:
-					found = true
-				case *ast.String:
-					if f.SVal == "attmissingval" {
-						found = true
-					}
-					if i == len(n.Fields.Items)-1 {
-						names = append(names, f.SVal)
-					}
-				}
-			}
-		case *ast.FuncCall:
-			if parts := namesOf(n.Funcname); len(parts) > 0 && parts[len(parts)-1] == "attmissingval" {
+			parts := items(n.Fields)
+			switch last := parts[len(parts)-1].(type) {
+			case *ast.A_Star:
 				found = true
-			}
-		case *ast.SelectStmt:
-			if n.TargetList == nil && n.ValuesLists == nil && n.Op == ast.SETOP_NONE {
-				return
+			case *ast.String:
+				names = append(names, last.SVal)
 			}
 		}
-		eachChild(n, walk)
+		eachText(n, func(s string) { found = found || s == "attmissingval" })
+		if !found {
+			eachChild(n, walk)
+		}
 	}
 	walk(tree)
 	for _, n := range names {

@@ -134,9 +134,9 @@ func inspect(p *parsed) *Problem {
 	if i.problem != nil {
 		return i.problem
 	}
-	for name, n := range i.names {
-		if n > 0 && !i.composed(name) {
-			return unsupported("the grammar of this gateway does not account for %q in the statement; write it more plainly", name)
+	for _, t := range p.tokens {
+		if (t.kind == tokenWord || t.kind == tokenName) && i.names[t.value] > 0 && !i.composed(t.value) {
+			return unsupported("the grammar of this gateway does not account for %q in the statement; write it more plainly", t.value)
 		}
 	}
 	return nil

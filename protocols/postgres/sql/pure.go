@@ -76,6 +76,8 @@ var volatileButHarmless = map[string]string{
 	"pg_database_size":       "tells a size",
 	"pg_indexes_size":        "tells a size",
 	"pg_is_in_recovery":      "tells whether the server is a replica",
+	"pg_partition_ancestors": "tells where a partition belongs",
+	"pg_partition_tree":      "tells where a partition belongs",
 	"pg_relation_size":       "tells a size",
 	"pg_table_size":          "tells a size",
 	"pg_tablespace_size":     "tells a size",

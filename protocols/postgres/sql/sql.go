@@ -17,6 +17,9 @@ type Scope struct {
 	// packet, so that RESET returns to them.
 	PinnedAtStartup bool
 	Catalog         *Catalog
+	// ParamTypes are the type OIDs that a Parse message gives to parameters, 0
+	// for none: a value of a user-defined type can draw calls to its own code.
+	ParamTypes []uint32
 	// Masked says whether this session must not see the column. It is asked
 	// only about columns that the catalogue holds to be sensitive.
 	Masked func(column policy.Resource) bool
