@@ -6,6 +6,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -329,4 +330,20 @@ func BenchmarkAnalyze(b *testing.B) {
 // newNode makes an empty node of the type of n.
 func newNode(n ast.Node) ast.Node {
 	return reflect.New(reflect.TypeOf(n).Elem()).Interface().(ast.Node)
+}
+
+// TestShared: one catalogue serves many sessions at once.
+func TestShared(t *testing.T) {
+	sc := testScope(t, true)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for _, text := range []string{"select * from order_view", "select * from xml_view", "insert into defaults values (1)", "select * from secured_by_code", "select email from users"} {
+				if _, problem := Analyze(text, sc); problem != nil {
+					t.Error(problem)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }

@@ -247,6 +247,18 @@ func (a *analysis) plainSelect(tree ast.Stmt) {
 	for _, item := range items(n.FromClause) {
 		s.addFrom(item)
 	}
+	for _, f := range s.from {
+		if f.rel == nil {
+			return
+		}
+		for num := range f.rel.sensitive {
+			for _, col := range f.rel.Columns {
+				if col.Num == num && isKeyword(col.Name) && !accounts(&parsed{tokens: a.tokens, tree: tree}, col.Name) {
+					a.refuse(masking("the word %s stands in the statement where this gateway does not expect a column", col.Name))
+				}
+			}
+		}
+	}
 	for _, item := range items(n.TargetList) {
 		s.target(item)
 	}

@@ -123,10 +123,14 @@ func compareTokens(text string, tokens []token) *Problem {
 // is not too deep, and that every identifier of the text is in it.
 func inspect(p *parsed) *Problem {
 	i := inspector{names: make(map[string]int, 16)}
-	for _, t := range p.tokens {
-		// Keywords that are not reserved may be names too; which of them are
-		// cannot be told from the text, so only other words are counted.
-		if t.kind == tokenName || t.kind == tokenWord && !parser.IsKeyword(t.value) {
+	isDot := func(at int) bool {
+		return at >= 0 && at < len(p.tokens) && p.tokens[at].kind == tokenOperator && p.tokens[at].value == "."
+	}
+	for at, t := range p.tokens {
+		// Keywords that are not reserved may be names too. Beside a dot they are;
+		// elsewhere it cannot be told from the text, so they are not counted here
+		// (plainSelect counts those that name masked columns).
+		if t.kind == tokenName || t.kind == tokenWord && (!isKeyword(t.value) || isDot(at-1) || isDot(at+1)) {
 			i.names[t.value]++
 		}
 	}
@@ -141,6 +145,30 @@ func inspect(p *parsed) *Problem {
 	}
 	return nil
 }
+
+// accounts says whether the tree holds name as often as the text does, for a
+// name that may be a keyword.
+func accounts(p *parsed, name string) bool {
+	n := 0
+	for _, t := range p.tokens {
+		if (t.kind == tokenName || t.kind == tokenWord) && t.value == name {
+			n++
+		}
+	}
+	var walk func(ast.Node)
+	walk = func(node ast.Node) {
+		eachText(node, func(s string) {
+			if s == name {
+				n--
+			}
+		})
+		eachChild(node, walk)
+	}
+	walk(p.tree)
+	return n <= 0
+}
+
+func isKeyword(name string) bool { return parser.IsKeyword(name) }
 
 type inspector struct {
 	names   map[string]int

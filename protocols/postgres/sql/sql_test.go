@@ -82,6 +82,7 @@ func testCatalog(t testing.TB) *Catalog {
 	relation("app", "jobs", 'r', "id", "state")
 	relation("app", "users", 'r', "id", "nick")
 	relation("extra", "hidden", 'r', "id")
+	relation("public", "accounts", 'r', "id", "password")
 	r.Inherits = [][2]uint32{{id("vip"), id("users")}}
 	r.Depends = [][2]uint32{{id("user_view"), id("users")}, {id("order_view"), id("orders")}, {id("code_view"), id("orders")},
 		{id("order_mat"), id("orders")}, {id("user_mat"), id("users")}}
@@ -110,7 +111,7 @@ func testCatalog(t testing.TB) *Catalog {
 	r.Builtin = []string{"lower", "upper", "length", "pg_sleep", "nextval", "pg_read_file", "query_to_xml", "now", "count", "set_config", "lo_get", "pg_advisory_lock"}
 	r.Types = append(r.Types, typeRow{OID: 90001, Schema: "public", Name: "citext", Kind: 'b'}, typeRow{OID: 90002, Schema: "public", Name: "status", Kind: 'e'},
 		typeRow{OID: 90003, Schema: "public", Name: "checked", Kind: 'd', Base: 23, Checked: true}, typeRow{OID: 90004, Schema: "public", Name: "plain", Kind: 'd', Base: 25})
-	c, err := build(r, []policy.Resource{column("users", "email"), column("users", "ssn"), column("absent", "secret"),
+	c, err := build(r, []policy.Resource{column("users", "email"), column("users", "ssn"), column("absent", "secret"), column("accounts", "password"),
 		{Type: policy.Column, Path: []string{"prod", "otherdb", "public", "orders", "note"}}})
 	if err != nil {
 		t.Fatal(err)
