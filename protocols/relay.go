@@ -69,6 +69,8 @@ type Responses interface {
 	Answer(dst, frame []byte) ([]byte, error)
 	// Op is the operation being answered, 0 for none.
 	Op() uint64
+	// Delivered takes note that everything Answer has dealt with has left.
+	Delivered()
 	// Idle says that nothing the client sent is waiting for an answer.
 	Idle() bool
 }
@@ -140,10 +142,13 @@ func (c *Channel) Relay(ctx context.Context, req Requests, resp Responses, farew
 	wg.Wait()
 	stop()
 
+	var refused *Refusal
+	if errors.As(c.s.access.Fence.Check(), &refused) {
+		c.s.Cut(refused) // the target was told to stop, and its answer came before the cut
+	}
 	if err := c.s.Err(); err != nil {
 		return err
 	}
-	var refused *Refusal
 	switch {
 	case errors.As(requests, &refused):
 		return refused
@@ -473,6 +478,7 @@ func (c *Channel) relayResponses() error {
 		if err := c.deliver(buf[run:i], pass > 0); err != nil {
 			return err
 		}
+		r.codec.Delivered()
 		in.Discard(i)
 		if need > MaxWhole {
 			return &Refusal{Rule: "limits", Reason: "the target sent a message of more than 16 MiB that the gateway must see whole", Code: "54000"}

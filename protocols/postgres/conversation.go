@@ -91,7 +91,7 @@ type conversation struct {
 	settings map[string]string // as the target reports them
 	guard    bool              // some column is masked for this session
 	stmtText int               // bytes of text that stmts holds
-	ended    bool
+	leaving  bool              // something was answered, and the client was not sent it yet
 }
 
 func newConversation(a *protocols.Access) *conversation {
@@ -114,6 +114,7 @@ func (c *conversation) pop() {
 	*c.first() = awaited{}
 	c.head = (c.head + 1) % len(c.queue)
 	c.n--
+	c.leaving = true
 	c.cond.Broadcast()
 }
 
@@ -216,8 +217,9 @@ func (c *conversation) await(ctx context.Context, ready func() bool) error {
 	return nil
 }
 
-// idle says that nothing is awaited. c.mu is held.
-func (c *conversation) idle() bool { return c.n == 0 }
+// idle says that nothing is awaited, and that the client was sent all answers.
+// c.mu is held.
+func (c *conversation) idle() bool { return c.n == 0 && !c.leaving }
 
 // discretion is how much of a report may leave that comes while w is being
 // answered. c.mu is held.

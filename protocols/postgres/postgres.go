@@ -93,7 +93,8 @@ func (p *Protocol) Serve(ctx context.Context, s *protocols.Session) error {
 		}
 		return report(nil, 'E', sevFatal, code, "terminating connection: "+why.Reason, "", "rule: "+why.Rule)
 	}
-	stop := context.AfterFunc(ctx, func() { s.Client.SetDeadline(time.Unix(1, 0)) })
+	conn := s.Client // greet puts TLS over it
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	h, token, err := p.greet(ctx, s)
 	stop()
 	if err != nil {

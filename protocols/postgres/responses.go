@@ -43,7 +43,16 @@ func (r *responses) Op() uint64 {
 func (r *responses) Idle() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.idle()
+	return r.n == 0
+}
+
+func (r *responses) Delivered() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.leaving {
+		r.leaving = false
+		r.cond.Broadcast()
+	}
 }
 
 func (r *responses) Frame(b []byte) (protocols.Frame, error) {
