@@ -4,12 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
+
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/fsm"
 	"github.com/sallyport/sallyport/raftstore/storetest"
 )
 
@@ -261,4 +267,102 @@ func TestRemove(t *testing.T) {
 		t.Fatalf("a removed node moved the term from %d to %d", term, now)
 	}
 	c.Append(storetest.Proposal("approval/a", 0, ""))
+}
+
+// A leader that was cut off has entries nobody else has; meanwhile the others
+// shortened their logs to a point inside them (hashicorp/raft #697). It gets a
+// snapshot and goes on.
+func TestSnapshotOntoDivergentLog(t *testing.T) {
+	c := storetest.New(t, 3, func(cfg *raftstore.Config) { cfg.TrailingLogs = 1 })
+	c.Append(storetest.Proposal("approval/a", 0, ""))
+	c.Converge()
+	old := c.Leader()
+	old.Network.Cut.Store(true)
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if _, err := old.Store.Append(ctx, storetest.Proposal("approval/lost", event.Any, "")); err == nil {
+				t.Error("acknowledged without a majority")
+			}
+		})
+	}
+	wg.Wait()
+	last := old.Store.Status().LastIndex
+	c.Append(storetest.Proposal("approval/a", 1, ""))
+	leader := c.Leader()
+	if err := leader.Store.Snapshot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st := leader.Store.Status(); st.LastIndex >= last {
+		t.Skipf("the old leader stored only up to %d", last)
+	}
+	old.Network.Cut.Store(false)
+	c.Append(storetest.Proposal("approval/a", 2, ""))
+	c.Converge()
+	if v := old.Store.Version("approval/lost"); v != 0 {
+		t.Fatalf("version %d of what was never committed", v)
+	}
+}
+
+// A node whose events differ from the leader's stops, says so once, and leaves
+// the others alone.
+func TestFatal(t *testing.T) {
+	fatal := make(chan error, 10)
+	c := storetest.New(t, 3, func(cfg *raftstore.Config) { cfg.OnFatal = func(err error) { fatal <- err } })
+	f := c.Followers()[0]
+	c.Append(storetest.Proposal("approval/a", 0, ""))
+	c.Converge()
+	// The follower forgets its state and makes up another: its chain differs.
+	c.Stop(f)
+	if err := os.RemoveAll(filepath.Join(f.Dir, "state")); err != nil {
+		t.Fatal(err)
+	}
+	forge(t, f.Dir)
+	c.Start(f)
+	c.Append(storetest.Proposal("approval/a", 1, ""))
+	select {
+	case err := <-fatal:
+		if !errors.Is(err, raftstore.ErrDiverged) {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("a node with other events goes on")
+	}
+	if err := f.Store.WaitSeq(t.Context(), 99); !errors.Is(err, raftstore.ErrDiverged) {
+		t.Fatalf("waiting on a stopped node: %v", err)
+	}
+	if _, err := f.Store.Append(t.Context(), storetest.Proposal("approval/b", 0, "")); err == nil {
+		t.Fatal("a stopped node appends")
+	}
+	c.Append(storetest.Proposal("approval/a", 2, "")) // the others go on
+	c.Crash(f)
+	if len(fatal) != 0 {
+		t.Fatalf("told again: %v", <-fatal)
+	}
+}
+
+// forge writes a state with one event of its own where the true one was.
+func forge(t *testing.T, dir string) {
+	t.Helper()
+	s, err := fsm.Open(fsm.Config{Dir: filepath.Join(dir, "state"), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := storetest.Proposal("approval/forged", 0, "")
+	b, err := p.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := fsm.Command{TimeNanos: 1, Proposals: [][]byte{b}}
+	data, err := cmd.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Apply(&raft.Log{Index: 3, Term: 1, Type: raft.LogCommand, Data: data})
+	s.Apply(&raft.Log{Index: 4, Term: 1, Type: raft.LogConfiguration})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -15,11 +15,36 @@ import (
 // reading it.
 const retainSnapshots = 2
 
+// boundaryLog is raft's log but that a deletion from the front leaves its last
+// entry, unless it deletes everything. That entry may be the one a snapshot
+// ends with, and a follower that lacks it while it has later ones refuses the
+// leader's next entries, is sent the snapshot again, and so for ever: the
+// other half of hashicorp/raft #697, see mend.
+type boundaryLog struct{ *raft.LogCache }
+
+func (l boundaryLog) DeleteRange(lo, hi uint64) error {
+	first, err := l.FirstIndex()
+	if err != nil {
+		return err
+	}
+	last, err := l.LastIndex()
+	if err != nil {
+		return err
+	}
+	if lo <= first && hi < last {
+		hi--
+	}
+	if hi < lo {
+		return nil
+	}
+	return l.LogCache.DeleteRange(lo, hi)
+}
+
 // snapshotStore is raft's store of snapshot files, and mends the log when a
 // snapshot from the leader contradicts it.
 type snapshotStore struct {
 	*raft.FileSnapshotStore
-	logs raft.LogStore // the cache above our log, so that it sees the change too
+	logs raft.LogStore // the cache above our log, below boundaryLog
 	fail func(error)
 }
 
@@ -50,53 +75,71 @@ func (s *snapshotSink) Close() error {
 	if err := s.SnapshotSink.Close(); err != nil {
 		return err
 	}
-	return s.store.mend(s.index, s.term)
+	atEnd, err := s.store.mend(s.index, s.term)
+	if atEnd {
+		// raft remembers the old term of the last entry and cannot be told.
+		s.store.fail(errors.New("the log was mended at its end; start this node again"))
+	}
+	return err
 }
 
-// mend makes the log's entry at a snapshot's end agree with the snapshot. If
-// it has another term, it and what follows were never committed; raft keeps
-// them all the same, refuses the leader's next entries because of it, is sent
-// the snapshot again, and so for ever (hashicorp/raft #697). With the entry
-// replaced the leader's entries fit and replace what follows.
+// mend makes the log have the entry a snapshot ends with, of the snapshot's
+// term. raft sees only the log when it compares its past with what a leader
+// sends, not the snapshot. Without the entry, or with another of that index
+// (which was never committed, nor was what follows it), it refuses the leader's
+// next entries, is sent the snapshot again, and so for ever (hashicorp/raft
+// #697; also a new node that restarts between its first snapshot and its first
+// acknowledgement). With the entry, the leader's next ones fit, and replace
+// what is wrong after it.
+//
+// The entry is not the true one, whose content only the snapshot has, so this
+// node must never send it when it leads: what precedes it is deleted, and
+// without that raft sends the snapshot.
 //
 // It comes after the snapshot is durable: before, a crash would leave an entry
 // that fits over others that do not.
-func (s *snapshotStore) mend(index, term uint64) error {
+func (s *snapshotStore) mend(index, term uint64) (atEnd bool, err error) {
 	var l raft.Log
-	err := s.logs.GetLog(index, &l)
-	if errors.Is(err, raft.ErrLogNotFound) || err == nil && l.Term == term {
-		return nil
+	err = s.logs.GetLog(index, &l)
+	if err == nil && l.Term == term {
+		return false, nil
 	}
-	if err == nil {
-		err = s.logs.StoreLog(&raft.Log{Index: index, Term: term, Type: raft.LogNoop})
+	replaced := err == nil
+	if replaced || errors.Is(err, raft.ErrLogNotFound) {
+		// The deletion is synced with what is stored after it.
+		if err = s.logs.DeleteRange(0, index-1); err == nil {
+			err = s.logs.StoreLog(&raft.Log{Index: index, Term: term, Type: raft.LogNoop})
+		}
 	}
 	if err != nil {
-		return fmt.Errorf("mend the log at the snapshot's end: %w", err)
+		return false, fmt.Errorf("mend the log at the snapshot's end: %w", err)
 	}
-	if last, err := s.logs.LastIndex(); err != nil || last == index {
-		// raft remembers the old term of the last entry and cannot be told.
-		s.fail(errors.Join(errors.New("the log was mended at its end; restart this node"), err))
-	}
-	return nil
+	last, err := s.logs.LastIndex()
+	return replaced && last == index, err
 }
 
 // catchUp makes the state as new as what this node knows to be committed,
-// before raft starts: the newest snapshot, if the state is older (a crash
-// between the arrival of a snapshot and its restore), then the log up to the
-// commit index stored with it (the state's last writes may be lost in a power
-// failure). raft.Config.RestoreCommittedLogs would do the second, and loses
-// the configuration entries it passes (v1.8.0, api.go NewRaft).
-func catchUp(state *fsm.FSM, logs *logstore.Store, snaps raft.SnapshotStore) error {
+// before raft starts: the newest snapshot, if the state is older or the log not
+// mended (a crash between the arrival of a snapshot and its restore), then the
+// log up to the commit index stored with it (a power failure may have taken the
+// state's last writes). raft.Config.RestoreCommittedLogs would do the second,
+// and lose the configuration entries it passes (v1.8.0, api.go NewRaft).
+func catchUp(state *fsm.FSM, logs *logstore.Store, snaps *snapshotStore) error {
 	list, err := snaps.List()
 	if err != nil {
 		return fmt.Errorf("list the snapshots: %w", err)
 	}
 	have := state.Head().Applied
-	if len(list) > 0 && list[0].Index > have {
-		if err := restoreIfNewer(state, snaps, list[0].ID); err != nil {
+	if len(list) > 0 {
+		if list[0].Index > have {
+			if err := restoreIfNewer(state, snaps, list[0].ID); err != nil {
+				return err
+			}
+			have = max(state.Head().Applied, list[0].Index)
+		}
+		if _, err := snaps.mend(list[0].Index, list[0].Term); err != nil {
 			return err
 		}
-		have = max(state.Head().Applied, list[0].Index)
 	}
 	first, err := logs.FirstIndex()
 	if err != nil {

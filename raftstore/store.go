@@ -195,11 +195,11 @@ func setDefaults(cfg *Config) {
 
 func (s *Store) start() error {
 	hlog := newRaftLogger(s.log)
-	logs, err := raft.NewLogCache(logCacheEntries, s.logs)
+	cache, err := raft.NewLogCache(logCacheEntries, s.logs)
 	if err != nil {
 		return err
 	}
-	snaps, err := newSnapshotStore(s.cfg.Dir, hlog, logs, s.fail)
+	snaps, err := newSnapshotStore(s.cfg.Dir, hlog, cache, s.fail)
 	if err != nil {
 		return err
 	}
@@ -210,7 +210,7 @@ func (s *Store) start() error {
 		Endpoint: s.cfg.Endpoint, Addr: s.cfg.Addr, Log: hlog, LogBusy: s.logs.Busy, Admit: s.admit,
 	})
 	s.wg.Go(s.watchLeadership)
-	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, logs, s.logs, snaps, s.trans)
+	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, boundaryLog{cache}, s.logs, snaps, s.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("start raft: %w", err), s.leave())
 	}
