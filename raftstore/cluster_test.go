@@ -11,12 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/fsm"
 	"github.com/sallyport/sallyport/raftstore/storetest"
+	"github.com/sallyport/sallyport/raftstore/transport"
 )
 
 func TestThreeNodes(t *testing.T) {
@@ -364,5 +366,33 @@ func forge(t *testing.T, dir string) {
 	s.Apply(&raft.Log{Index: 4, Term: 1, Type: raft.LogConfiguration})
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A node with a good certificate that is no member cannot disturb a healthy
+// cluster, whatever term it claims.
+func TestStranger(t *testing.T) {
+	c := storetest.New(t, 3, nil)
+	c.Append(storetest.Proposal("approval/a", 0, ""))
+	e := storetest.Endpoint(t, c.CA, c.CA.Issue(t, "stranger"), storetest.ListenUDP(t, "127.0.0.1:0"), nil)
+	defer e.Close()
+	tr := transport.NewRaft(transport.RaftConfig{
+		Endpoint: e, Addr: e.Addr().String(), Log: hclog.NewNullLogger(),
+		LogBusy: func() time.Duration { return 0 }, Admit: func(string) error { return nil },
+	})
+	defer tr.Close()
+	for _, n := range c.Nodes {
+		term := n.Store.Status().Term
+		h := raft.RPCHeader{ProtocolVersion: 3, ID: []byte("stranger"), Addr: []byte(e.Addr().String())}
+		id, addr := raft.ServerID(n.Name), raft.ServerAddress(n.Addr)
+		if err := tr.AppendEntries(id, addr, &raft.AppendEntriesRequest{RPCHeader: h, Term: term + 100}, new(raft.AppendEntriesResponse)); err == nil {
+			t.Errorf("%s heard a stranger's heartbeat", n.Name)
+		}
+		if err := tr.RequestVote(id, addr, &raft.RequestVoteRequest{RPCHeader: h, Term: term + 100, LastLogIndex: 1 << 40, LastLogTerm: term + 99}, new(raft.RequestVoteResponse)); err == nil {
+			t.Errorf("%s heard a stranger's candidacy", n.Name)
+		}
+		if now := n.Store.Status().Term; now != term {
+			t.Errorf("%s went from term %d to %d", n.Name, term, now)
+		}
 	}
 }
