@@ -105,7 +105,8 @@ func testPgbench(t *testing.T, s *suite, n *cluster.Node, token, mode string) {
 func testPGX(t *testing.T, s *suite, n *cluster.Node, token string) {
 	ctx := t.Context()
 	client := "pgx-" + n.Name
-	c := s.login(t, n, "bench", token)
+	c, err := s.tryLogin(t, n, "bench", token, func(cfg *pgx.ConnConfig) { cfg.RuntimeParams["application_name"] = client })
+	s.must(t, err)
 
 	// The statement cache, no cache, and the simple protocol.
 	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
@@ -130,7 +131,7 @@ func testPGX(t *testing.T, s *suite, n *cluster.Node, token string) {
 	}
 
 	// A named prepared statement.
-	_, err := c.Prepare(ctx, "put", "INSERT INTO numbers VALUES ($1, $2, $3) RETURNING n")
+	_, err = c.Prepare(ctx, "put", "INSERT INTO numbers VALUES ($1, $2, $3) RETURNING n")
 	s.must(t, err)
 	for i := range 20 {
 		var got int
@@ -182,6 +183,31 @@ func testPGX(t *testing.T, s *suite, n *cluster.Node, token string) {
 	if got := s.int(t, "bench", "SELECT count(*) FROM numbers WHERE client = $1 AND note = 'lost'", client); got != 0 {
 		t.Errorf("%d rows of what failed are there", got)
 	}
+
+	// Parameters can be read in the recording; those in binary as hexadecimal.
+	defer func() {
+		s.must(t, c.Close(ctx))
+		var replay string
+		eventually(t, 20*time.Second, func() string {
+			for _, r := range s.listRecordings(t, "--node", n.Name, "--kind", "session") {
+				if r.Labels["application_name"] == client && r.Ending != nil {
+					replay = s.cli(t, s.AdminEnv(), "recordings", "replay", r.Name, "--store", s.Recordings)
+					return ""
+				}
+			}
+			return "the recording is not complete"
+		})
+		for _, want := range []string{"$1 = " + client, "$2 = \\x00000000000000c8", "$3 = tx", "COPY 5000"} {
+			if !strings.Contains(replay, want) {
+				t.Errorf("the replay does not show %q", want)
+			}
+		}
+		for line := range strings.Lines(replay) {
+			if strings.Contains(line, "cut off") || strings.Contains(line, "not a message") {
+				t.Errorf("the replay cannot show a message: %s", line)
+			}
+		}
+	}()
 
 	// A cancel request ends the query, not the session.
 	done := make(chan error, 1)
