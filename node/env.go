@@ -167,6 +167,9 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 			Detail: map[string]string{"protocol": want.Protocol, "client": client, "profile": want.Profile, "token_id": subject.TokenID}})
 		return nil, r
 	}
+	if refusal := n.inTouch(); refusal != nil {
+		return refuse(refusal)
+	}
 	target, refusal := n.targetFor(v, want)
 	if refusal != nil {
 		return refuse(refusal)
@@ -309,7 +312,23 @@ func (n *Node) ask(ctx context.Context, h *protocols.Hold) (protocols.Ticket, er
 	if token == "" {
 		return nil, errors.New("the session's token is gone")
 	}
-	return n.approvals.Ask(ctx, h, token)
+	t, err := n.approvals.Ask(ctx, h, token)
+	if e := n.sessions.Get(h.Access.SessionID); err == nil && e != nil {
+		t = &waiting{t, e}
+	}
+	return t, err
+}
+
+// waiting shows the session as held while it waits.
+type waiting struct {
+	protocols.Ticket
+	e *session.Entry
+}
+
+func (w *waiting) Wait(ctx context.Context) ([]string, error) {
+	w.e.Waiting.Add(1)
+	defer w.e.Waiting.Add(-1)
+	return w.Ticket.Wait(ctx)
 }
 
 // propose brings an event of this node to the leader.
@@ -382,7 +401,7 @@ func (n *Node) apiDeps() api.Deps {
 		Authenticate: n.authenticateRequest, Decide: n.decide,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, Open: n.unseal, SignNode: n.signMember,
-		Fence: n.fence, LocalStatus: n.status, Audit: n.audit.call,
+		Fence: n.fence, Leave: n.leave, LocalStatus: n.status, Audit: n.audit.call,
 		Now: time.Now, Log: n.log,
 	}
 }
@@ -438,6 +457,33 @@ func (n *Node) fence(ctx context.Context, seq uint64) (event.NodeFenced, error) 
 		}
 	}
 	return n.fences.wait(ctx, seq)
+}
+
+// errRemoved stops a node that is taken out of the cluster.
+var errRemoved = errors.New("this node was removed from the cluster")
+
+// leave cuts all sessions, lets no new one in, and stops the node.
+func (n *Node) leave(ctx context.Context) {
+	now, cancel := context.WithCancel(ctx)
+	cancel()
+	n.sessions.Drain(now, &protocols.Refusal{Rule: "shutdown", Reason: "this node leaves the cluster: connect to another node", Code: "57P01"})
+	// The answer to the leader must still leave.
+	time.AfterFunc(time.Second, func() { n.fail(errRemoved) })
+}
+
+// contactLost is how long a node lets new sessions in without a word from a
+// leader. It may have been cut off, or removed, and know nothing of what was
+// revoked since. Leases will bound the sessions that run.
+const contactLost = 10 * time.Second
+
+// inTouch says whether this node may let a new session in.
+func (n *Node) inTouch() *protocols.Refusal {
+	st := n.store.Status()
+	if st.State == "leader" || (st.LastContact >= 0 && st.LastContact < contactLost) {
+		return nil
+	}
+	return &protocols.Refusal{Rule: "no-quorum", Code: "57P03",
+		Reason: "this node has lost the cluster's leader, so it cannot know what was revoked and lets nobody in: connect to another node"}
 }
 
 // providers are the identity providers of the configuration; those for trials

@@ -205,13 +205,15 @@ func (r *Registry) List() []Info {
 	return infos
 }
 
-// Has reports whether the session is live here.
-func (r *Registry) Has(id string) bool {
+// Get returns the live session of that name, or nil.
+func (r *Registry) Get(id string) *Entry {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	_, ok := r.mu.entries[id]
-	return ok
+	return r.mu.entries[id]
 }
+
+// Has reports whether the session is live here.
+func (r *Registry) Has(id string) bool { return r.Get(id) != nil }
 
 // CutWhere cuts every session that match holds for, all at once, and returns
 // how many there were when all of them have ended or ctx has.
