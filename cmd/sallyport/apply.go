@@ -89,7 +89,7 @@ changed. docs/configuration-bundle.md describes the files.`,
 	c.Flags().StringVarP(&dir, "file", "f", "", "directory with the configuration (required)")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "only show what would change")
-	c.Flags().BoolVar(&dev, "dev", false, "let through what is marked `dev: true`; nodes without --dev refuse it all the same")
+	c.Flags().BoolVar(&dev, "dev", false, "let through what is marked dev: true; nodes without --dev refuse it all the same")
 	_ = c.MarkFlagRequired("file")
 	return c
 }

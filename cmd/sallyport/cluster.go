@@ -28,7 +28,7 @@ func (n *nodeFlags) register(c *cobra.Command) {
 	fl.StringVar(&n.Listen, "listen", "", "host:port to bind when it differs from --addr")
 	fl.StringSliceVar(&n.hosts, "host", nil, "further names and addresses for the node's certificate, such as a load balancer's")
 	fl.StringVar(&n.Recordings, "recordings", "", "where recordings go: a directory, or s3://bucket/prefix?endpoint=URL&region=R (default DATADIR/recordings)")
-	fl.BoolVar(&n.Dev, "dev", false, "for local trials: accept tokens of `sallyport dev-issuer` and targets without TLS")
+	fl.BoolVar(&n.Dev, "dev", false, "for local trials: accept tokens of sallyport dev-issuer and targets without TLS")
 	for _, f := range []string{"name", "data-dir", "addr"} {
 		_ = c.MarkFlagRequired(f)
 	}
@@ -117,7 +117,7 @@ func clusterJoin() *cobra.Command {
 		},
 	}
 	n.register(c)
-	c.Flags().StringVar(&token, "token", "", "from `sallyport cluster token create` (or SALLYPORT_JOIN_TOKEN)")
+	c.Flags().StringVar(&token, "token", "", "from sallyport cluster token create (or SALLYPORT_JOIN_TOKEN)")
 	c.Flags().StringVar(&server, "server", "", "any node of the cluster, host:port (required)")
 	_ = c.MarkFlagRequired("server")
 	return c
@@ -135,10 +135,18 @@ func clusterRemove(f *clientFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := cl.RemoveNode(cmd.Context(), args[0], reason); err != nil {
+			rep, err := cl.RemoveNode(cmd.Context(), args[0], reason)
+			if err != nil {
 				return err
 			}
-			say(cmd.OutOrStdout(), "%s is no member any more; stop it.", args[0])
+			if f.json {
+				return printJSON(cmd.OutOrStdout(), rep)
+			}
+			if !rep.Stopped {
+				say(cmd.OutOrStdout(), "%s is no member any more. It could not be told (%s): if it still runs, it lets nobody in 10 seconds after it lost the leader, but sessions on it go on: stop it.", args[0], rep.Detail)
+				return nil
+			}
+			say(cmd.OutOrStdout(), "%s has ended its sessions and stopped, and is no member any more.", args[0])
 			return nil
 		},
 	}

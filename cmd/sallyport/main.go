@@ -27,9 +27,18 @@ func run(args []string) int {
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	root := newRoot()
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
-	if err == nil {
+	// What fails before a command runs was not understood: an unknown name, a
+	// flag that is missing.
+	begun := false
+	onRun(root, func() { begun = true })
+	c, err := root.ExecuteContextC(ctx)
+	switch {
+	case err == nil && !c.Runnable() && c.Flags().NArg() > 0:
+		err = usageError{fmt.Errorf("%q is no command of `%s`", c.Flags().Arg(0), c.CommandPath())}
+	case err == nil:
 		return 0
+	case !begun:
+		err = usageError{err}
 	}
 	var usage usageError
 	fmt.Fprintln(os.Stderr, "sallyport: "+terminal.EscapeString(err.Error()))
@@ -38,6 +47,19 @@ func run(args []string) int {
 		return 2
 	}
 	return 1
+}
+
+// onRun has f called before any command of the tree runs.
+func onRun(c *cobra.Command, f func()) {
+	if run := c.RunE; run != nil {
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			f()
+			return run(cmd, args)
+		}
+	}
+	for _, sub := range c.Commands() {
+		onRun(sub, f)
+	}
 }
 
 // usageError is a command line that was not understood.

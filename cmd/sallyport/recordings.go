@@ -183,7 +183,10 @@ func recordingsShow(s *storeFlags) *cobra.Command {
 }
 
 // noResponses leaves out what came back; `replay` shows it.
-func noResponses(w io.Writer, _ string, e *recording.Entry) error {
+func noResponses(w io.Writer, protocol string, e *recording.Entry) error {
+	if e.Type != recording.Response {
+		return formatData(w, protocol, e)
+	}
 	_, err := fmt.Fprintf(w, "(%d bytes answered)\n", len(e.Data))
 	return err
 }
@@ -216,19 +219,23 @@ func recordingsReplay(s *storeFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatResponse, Speed: speed})
+			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatData, Speed: speed})
 		},
 	}
 	c.Flags().Float64Var(&speed, "speed", 0, "play with the session's own pauses, this many times as fast; 0 prints at once")
 	return c
 }
 
-func formatResponse(w io.Writer, protocol string, e *recording.Entry) error {
-	if protocol == "postgres" {
-		_, err := io.WriteString(w, postgres.FormatFrames(e.Data))
-		return err
+// formatData shows an entry's bytes as its protocol means them.
+func formatData(w io.Writer, protocol string, e *recording.Entry) error {
+	text := string(e.Data)
+	switch {
+	case protocol == "postgres" && e.Type == recording.Response:
+		text = postgres.FormatFrames(e.Data)
+	case protocol == "postgres" && e.Verb == "Bind":
+		text = postgres.FormatBind(e.Data)
 	}
-	_, err := w.Write(e.Data)
+	_, err := io.WriteString(w, text)
 	return err
 }
 

@@ -43,7 +43,7 @@ credentials are not touched. Exit code 1 means that a node did not confirm.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&subject, "subject", "", "provider/name, as `sallyport sessions list` shows it (required)")
+	c.Flags().StringVar(&subject, "subject", "", "provider/name, as sallyport sessions list shows it (required)")
 	_ = c.MarkFlagRequired("subject")
 	reasonFlag(c, &reason)
 	return c

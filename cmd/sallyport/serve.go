@@ -38,7 +38,7 @@ SIGINT or SIGTERM: then it hands over leadership, lets sessions end for up to
 		},
 	}
 	c.Flags().StringVar(&dir, "data-dir", "", "the node's directory (required)")
-	c.Flags().BoolVar(&dev, "dev", false, "for local trials: accept tokens of `sallyport dev-issuer` and targets without TLS")
+	c.Flags().BoolVar(&dev, "dev", false, "for local trials: accept tokens of sallyport dev-issuer and targets without TLS")
 	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	_ = c.MarkFlagRequired("data-dir")
 	return c

@@ -24,7 +24,11 @@ func SetupSQL(o SetupOptions) string {
 	admin := ident(o.Admin)
 	var b strings.Builder
 	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	p("-- Sallyport on target %s: run with psql as a superuser.", comment(o.Target))
+	on := ""
+	if o.Target != "" {
+		on = " on target " + comment(o.Target)
+	}
+	p("-- Sallyport%s: run with psql as a superuser.", on)
 	p("--")
 	p("-- The account below makes one role per session and drops it at the session's end.")
 	p("-- It needs CREATEROLE, and ADMIN OPTION on the roles that sessions may use; it reads")
