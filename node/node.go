@@ -6,6 +6,7 @@ package node
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
@@ -163,6 +164,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Roots:       func() *x509.CertPool { return pki.Pool(n.ca.Raw) },
 		Authorize:   n.authorizePeer,
 		Classes:     []string{transport.ClassRaft, transport.ClassMesh},
+		ResetKey:    n.resetKey(),
 		Log:         n.log,
 	})
 	if err != nil {
@@ -309,6 +311,17 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.sessions.Drain(dctx, &protocols.Refusal{Rule: "shutdown", Reason: "this node is shutting down: connect to another node", Code: "57P01"})
 	cancel()
 	return err
+}
+
+// resetKey lets peers notice at once that this node was restarted. It is the
+// same after a restart, and secret.
+func (n *Node) resetKey() *[32]byte {
+	der, err := x509.MarshalPKCS8PrivateKey(n.key)
+	if err != nil {
+		return nil // peers notice after their idle timeout instead
+	}
+	key := sha256.Sum256(append([]byte("sallyport QUIC reset\x00"), der...))
+	return &key
 }
 
 // fail stops the node.
@@ -495,7 +508,7 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 		case event.TypeNodeRemoved:
 			if p, err := approval.Decode[event.NodeRemoved](e.Payload); err == nil {
 				if p.Name == n.cfg.Name {
-					n.fail(errors.New("this node was removed from the cluster"))
+					n.fail(errRemoved)
 				} else {
 					n.endpoint.Disconnect(p.Name)
 				}

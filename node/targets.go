@@ -274,6 +274,13 @@ func (n *Node) newPostgres(cert *tls.Certificate) *postgres.Protocol {
 			}
 			return nil
 		},
+		HashKey: func() []byte {
+			// Before the node has the vault no target can be used either.
+			if v := n.vault.Load(); v != nil {
+				return v.Derive("mask/hash")
+			}
+			return nil
+		},
 		MaskKind: func(col policy.Resource) mask.Kind {
 			if t := target(col.Path[0]); t != nil {
 				for _, s := range t.Sensitive {

@@ -184,7 +184,9 @@ func (c *Channel) relayRequests(ctx context.Context) error {
 			rest := buf[i:]
 			if pass > 0 {
 				n := min(pass, len(rest))
-				c.extend(rest[:n])
+				if err := c.passing(rest[:n]); err != nil {
+					return err
+				}
 				i, pass = i+n, pass-n
 				continue
 			}
@@ -204,7 +206,9 @@ func (c *Channel) relayRequests(ctx context.Context) error {
 			}
 			switch f.Kind {
 			case Pass:
-				c.extend(rest[:n])
+				if err := c.passing(rest[:n]); err != nil {
+					return err
+				}
 				i, pass = i+n, f.Len-n
 			case Drop:
 				i, drop = i+n, f.Len-n
@@ -321,6 +325,23 @@ func (c *Channel) takeControl(frames []byte) error {
 	}
 	return nil
 }
+
+// passing puts bytes that carry no command, the data of the last one, in line,
+// and in the record.
+func (c *Channel) passing(b []byte) error {
+	c.entry = recording.Entry{Type: recording.Command, Op: c.seq, Verb: DataVerb, Data: b}
+	if err := c.s.access.Record.Buffer(&c.entry); err != nil {
+		return noRecord(err)
+	}
+	c.unwritten = true
+	c.extend(b)
+	return nil
+}
+
+// DataVerb is the verb, in the record, of data that a client sends after a
+// command, such as the rows of COPY FROM STDIN: framed as sent, and cut where
+// reads happened to end.
+const DataVerb = "Data"
 
 // extend adds b, which lies in the read buffer, to what goes upstream next,
 // without copying it where it can.

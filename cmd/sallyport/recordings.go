@@ -185,7 +185,7 @@ func recordingsShow(s *storeFlags) *cobra.Command {
 // noResponses leaves out what came back; `replay` shows it.
 func noResponses(w io.Writer, protocol string, e *recording.Entry) error {
 	if e.Type != recording.Response {
-		return formatData(w, protocol, e)
+		return formatData()(w, protocol, e)
 	}
 	_, err := fmt.Fprintf(w, "(%d bytes answered)\n", len(e.Data))
 	return err
@@ -219,24 +219,27 @@ func recordingsReplay(s *storeFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatData, Speed: speed})
+			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatData(), Speed: speed})
 		},
 	}
 	c.Flags().Float64Var(&speed, "speed", 0, "play with the session's own pauses, this many times as fast; 0 prints at once")
 	return c
 }
 
-// formatData shows an entry's bytes as its protocol means them.
-func formatData(w io.Writer, protocol string, e *recording.Entry) error {
-	text := string(e.Data)
-	switch {
-	case protocol == "postgres" && e.Type == recording.Response:
-		text = postgres.FormatFrames(e.Data)
-	case protocol == "postgres" && e.Verb == "Bind":
-		text = postgres.FormatBind(e.Data)
+// formatData shows the bytes of one recording's entries as its protocol means them.
+func formatData() replay.Formatter {
+	var f postgres.Formatter
+	return func(w io.Writer, protocol string, e *recording.Entry) error {
+		text := string(e.Data)
+		switch {
+		case protocol == "postgres" && e.Type == recording.Response:
+			text = f.Format(e.Data)
+		case protocol == "postgres" && e.Verb == "Bind":
+			text = postgres.FormatBind(e.Data)
+		}
+		_, err := io.WriteString(w, text)
+		return err
 	}
-	_, err := io.WriteString(w, text)
-	return err
 }
 
 func recordingsVerify(s *storeFlags) *cobra.Command {

@@ -169,8 +169,8 @@ func (c *Client) Join(ctx context.Context, in *JoinRequest) (*JoinReply, error) 
 }
 
 // RemoveNode takes a node out of the cluster.
-func (c *Client) RemoveNode(ctx context.Context, name, reason string) (*Committed, error) {
-	return call[Committed](ctx, c, http.MethodPost, "/v1/cluster/nodes/"+url.PathEscape(name)+"/remove", RemoveNodeRequest{reason})
+func (c *Client) RemoveNode(ctx context.Context, name, reason string) (*RemoveNodeReply, error) {
+	return call[RemoveNodeReply](ctx, c, http.MethodPost, "/v1/cluster/nodes/"+url.PathEscape(name)+"/remove", RemoveNodeRequest{reason})
 }
 
 // Approvals lists approval requests; state "" means all.

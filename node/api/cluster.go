@@ -260,16 +260,35 @@ func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
 	if in.Reason == "" {
 		return nil, invalid("a reason is needed")
 	}
+	// The others refuse a removed node from the event on, so it might never
+	// hear of its removal: it is told first. One that cannot be told stops
+	// letting anybody in when it has missed the leader for a while.
+	ctx, cancel := context.WithTimeout(r.Context(), 40*time.Second)
+	defer cancel()
+	told := s.exchange(ctx, http.MethodPost, name, "/mesh/v1/leave", struct{}{}, nil)
 	ev, err := s.propose(w, r, event.TypeNodeRemoved, "node/"+name, event.Any, event.NodeRemoved{Name: name, Reason: in.Reason})
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 15*time.Second)
-	defer cancel()
 	if err := s.Store.Remove(ctx, name); err != nil {
 		return nil, fmt.Errorf("%s is no member any more, but Raft still counts it: %w", name, err)
 	}
-	return Committed{ev.Seq, ev.Index, ev.Time}, nil
+	rep := RemoveNodeReply{Committed: Committed{ev.Seq, ev.Index, ev.Time}, Stopped: told == nil}
+	if told != nil {
+		rep.Detail = told.Error()
+	}
+	return rep, nil
+}
+
+// meshLeave stops this node: the leader is about to remove it. It answers when
+// no session is left.
+func (s *Server) meshLeave(w http.ResponseWriter, r *http.Request) {
+	if leader, _ := s.Store.Leader(); leader != tunnel.Peer(r.Context()) {
+		fail(w, &Problem{Code: "forbidden", Error: "only the leader removes nodes", Status: http.StatusForbidden})
+		return
+	}
+	s.Leave(r.Context())
+	reply(w, struct{}{})
 }
 
 func (s *Server) meshStatus(w http.ResponseWriter, r *http.Request) {

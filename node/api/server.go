@@ -60,6 +60,8 @@ type Deps struct {
 	// Fence returns when this node has stopped everything of the revocations
 	// known up to seq.
 	Fence func(ctx context.Context, seq uint64) (event.NodeFenced, error)
+	// Leave ends this node's sessions and stops it; it returns when none is left.
+	Leave func(ctx context.Context)
 	// LocalStatus is this node's own part of the status.
 	LocalStatus func(ctx context.Context) NodeStatus
 	// Audit records a call and what was decided about it. An error says that a
@@ -117,6 +119,7 @@ func (s *Server) routes() {
 	s.mesh.HandleFunc("POST /mesh/v1/announce", s.meshAnnounce)
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
 	s.mesh.HandleFunc("POST /mesh/v1/fence", s.meshFence)
+	s.mesh.HandleFunc("POST /mesh/v1/leave", s.meshLeave)
 }
 
 // Handler serves clients.
@@ -415,7 +418,7 @@ func problem(err error) *Problem {
 	case errors.As(err, &notLeader):
 		return &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest}
 	case errors.Is(err, raftstore.ErrUnknownOutcome), errors.Is(err, context.DeadlineExceeded):
-		return &Problem{Code: "unavailable", Error: "the cluster did not confirm in time, so the outcome is not known: repeat the call with the same Idempotency-Key, or look whether it happened", Status: http.StatusGatewayTimeout}
+		return &Problem{Code: "unavailable", Error: "the cluster did not confirm in time, so the outcome is not known: look whether it happened before you repeat it (an API caller may repeat it with the same Idempotency-Key)", Status: http.StatusGatewayTimeout}
 	}
 	return &Problem{Code: "internal", Error: err.Error(), Status: http.StatusInternalServerError}
 }

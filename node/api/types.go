@@ -134,6 +134,13 @@ type RemoveNodeRequest struct {
 	Reason string `json:"reason"`
 }
 
+// RemoveNodeReply says whether the removed node has stopped serving.
+type RemoveNodeReply struct {
+	Committed
+	Stopped bool   `json:"stopped"` // it ended its sessions and stopped before it was removed
+	Detail  string `json:"detail,omitempty"`
+}
+
 // ApprovalInfo is an approval request as shown to approvers.
 type ApprovalInfo struct {
 	ID       string            `json:"id"`

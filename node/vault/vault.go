@@ -12,6 +12,8 @@ package vault
 
 import (
 	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -53,6 +55,14 @@ func New() (*Vault, error) {
 		return nil, err
 	}
 	return &Vault{id}, nil
+}
+
+// Derive returns a 32-byte key for purpose, the same on every node that holds
+// the vault and telling nothing about it.
+func (v *Vault) Derive(purpose string) []byte {
+	mac := hmac.New(sha256.New, []byte(v.id.String()))
+	mac.Write([]byte("sallyport derived key\x00" + purpose))
+	return mac.Sum(nil)
 }
 
 // Recipient is the public half, to which anyone may seal.

@@ -148,23 +148,35 @@ func mapsEqual(a, b map[string]bool) bool {
 	return true
 }
 
-// analyse says what text does in the world as it is now. The answer is shared:
-// nothing but its memo is changed.
-func (q *requests) analyse(ctx context.Context, text []byte) (*analysis, error) {
+// firstUserOID is the least OID that something made by a user can have
+// (FirstNormalObjectId in PostgreSQL's transam.h).
+const firstUserOID = 16384
+
+// analyse says what text does in the world as it is now, with parameters of
+// the types that a Parse declared, if any. The answer is shared: nothing but
+// its memo is changed.
+func (q *requests) analyse(ctx context.Context, text []byte, params ...uint32) (*analysis, error) {
 	if err := q.look(ctx, false); err != nil {
 		return nil, err
+	}
+	if slices.ContainsFunc(params, func(oid uint32) bool { return oid >= firstUserOID }) {
+		// A parameter of a user's type can make operators and functions mean
+		// the user's own. It is rare, and not worth a place in the cache.
+		scope := *q.world.scope
+		scope.ParamTypes = params
+		return newAnalysis(string(text), q.world, &scope), nil
 	}
 	if an, ok := q.analyses[string(text)]; ok {
 		return an, nil
 	}
-	an := newAnalysis(string(text), q.world)
+	an := newAnalysis(string(text), q.world, q.world.scope)
 	if an.unknown() && !q.refreshed() {
 		// Somebody else may have made what it names.
 		q.lastRefresh = q.s.Env.Now()
 		if err := q.look(ctx, true); err != nil {
 			return nil, err
 		}
-		an = newAnalysis(string(text), q.world)
+		an = newAnalysis(string(text), q.world, q.world.scope)
 	}
 	if len(q.analyses) >= maxAnalyses || q.analysisBytes+len(text) > maxAnalysisBytes {
 		clear(q.analyses)
@@ -181,9 +193,9 @@ func (q *requests) refreshed() bool {
 	return q.s.Env.Now().Sub(q.lastRefresh) < time.Second
 }
 
-func newAnalysis(text string, w *world) *analysis {
+func newAnalysis(text string, w *world, scope *sql.Scope) *analysis {
 	an := &analysis{text: text, world: w, prepares: true}
-	parts, problem := sql.Analyze(text, w.scope)
+	parts, problem := sql.Analyze(text, scope)
 	an.parts = parts
 	if problem != nil {
 		an.problem = asRefusal(problem)

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"fmt"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -220,6 +221,33 @@ func TestCancels(t *testing.T) {
 	c.remove(pid)
 	if c.request(t.Context(), packet); hit != 1 {
 		t.Fatal("cancelled after its end")
+	}
+}
+
+// A recording's entries end anywhere in a message: what is shown is the same.
+func TestFormatterInPieces(t *testing.T) {
+	var all []byte
+	for i := range 200 {
+		all = message(all, 'D', fmt.Sprintf("\x00\x01\x00\x00\x00\x03%03d", i))
+	}
+	all = message(all, 'D', "\x00\x01\x00\x50\x00\x00"+strings.Repeat("x", 5<<20)) // longer than is shown
+	all = message(all, 'C', "SELECT 201\x00")
+	want := FormatFrames(all)
+	if !strings.HasPrefix(want, "000\n001\n") || !strings.HasSuffix(want, "SELECT 201\n") {
+		t.Fatalf("%.100q … %q", want, want[len(want)-100:])
+	}
+	for _, size := range []int{7, 13, 100, 4096, 1 << 20} {
+		var f Formatter
+		var got strings.Builder
+		for rest := all; len(rest) > 0; rest = rest[min(size, len(rest)):] {
+			got.WriteString(f.Format(rest[:min(size, len(rest))]))
+		}
+		if !strings.HasPrefix(got.String(), want[:4*200]) || !strings.HasSuffix(got.String(), "SELECT 201\n") || strings.Contains(got.String(), "cut off") {
+			t.Errorf("in pieces of %d: %.100q", size, got.String())
+		}
+		if got.Len() > 10<<10 {
+			t.Errorf("in pieces of %d: %d bytes are shown", size, got.Len())
+		}
 	}
 }
 

@@ -8,19 +8,51 @@ import (
 )
 
 // FormatFrames renders recorded bytes of a target's responses as lines of
-// text: column names, rows, command tags, errors. Consecutive entries of one
-// session are to be joined first; a message cut off at the end is named. The
-// result is not safe for a terminal: escape it.
+// text: column names, rows, command tags, errors. A message cut off at the end
+// is named. The result is not safe for a terminal: escape it.
 func FormatFrames(data []byte) string {
+	var f Formatter
+	text := f.Format(data)
+	if len(f.rest) > 0 {
+		text += fmt.Sprintf("(message of type %q cut off: %d bytes)\n", f.rest[0], len(f.rest))
+	}
+	return text
+}
+
+// Formatter is FormatFrames for the entries of one recording, in order: they
+// end where a read ended, in the middle of messages too.
+type Formatter struct {
+	rest []byte // the beginning of a message
+	skip int    // bytes to come of a message that is not shown
+	lost bool   // what comes cannot be told apart any more
+}
+
+// maxFormatted is the longest message that is shown.
+const maxFormatted = 4 << 20
+
+// Format renders the messages that data completes.
+func (f *Formatter) Format(data []byte) string {
+	if f.lost {
+		return fmt.Sprintf("(not a message: %d bytes)\n", len(data))
+	}
+	skipped := min(f.skip, len(data))
+	f.skip -= skipped
+	data = append(f.rest, data[skipped:]...)
+	f.rest = nil
 	var b strings.Builder
 	for len(data) > 0 {
 		n, err := measure(data)
 		switch {
 		case err != nil:
+			f.lost = true
 			fmt.Fprintf(&b, "(not a message: %d bytes)\n", len(data))
 			return b.String()
+		case n > len(data) && n > maxFormatted:
+			fmt.Fprintf(&b, "(message of type %q: %d bytes)\n", data[0], n)
+			f.skip = n - len(data)
+			return b.String()
 		case n == 0 || n > len(data):
-			fmt.Fprintf(&b, "(message of type %q cut off: %d bytes)\n", data[0], len(data))
+			f.rest = append([]byte(nil), data...)
 			return b.String()
 		}
 		formatFrame(&b, data[:n])

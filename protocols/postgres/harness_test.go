@@ -119,7 +119,7 @@ func startOn(t *testing.T, server *pgserver.Server, options ...func(*postgres.Co
 			return mask.Redact
 		},
 		SearchPath: func(string) []string { return g.path },
-		HashKey:    []byte("key"),
+		HashKey:    func() []byte { return []byte("key") },
 	}
 	for _, o := range options {
 		o(&cfg)

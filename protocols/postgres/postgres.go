@@ -42,9 +42,10 @@ type Config struct {
 	SearchPath func(target string) []string
 	// MaskKind is how a column is masked. Default: mask.Redact.
 	MaskKind func(column policy.Resource) mask.Kind
-	// HashKey keys mask.Hash. Default: random, so that hashes mean nothing
+	// HashKey returns the key of mask.Hash; asked by each session once.
+	// Default: random, so that hashes mean nothing
 	// beyond this process.
-	HashKey []byte
+	HashKey func() []byte
 	// ConnectTimeout bounds obtaining a credential and logging in to a target.
 	// Default: 30 s.
 	ConnectTimeout time.Duration
@@ -70,8 +71,9 @@ func New(cfg Config) *Protocol {
 		cfg.MaskKind = func(policy.Resource) mask.Kind { return mask.Redact }
 	}
 	if cfg.HashKey == nil {
-		cfg.HashKey = make([]byte, 32)
-		rand.Read(cfg.HashKey)
+		key := make([]byte, 32)
+		rand.Read(key)
+		cfg.HashKey = func() []byte { return key }
 	}
 	if cfg.ConnectTimeout == 0 {
 		cfg.ConnectTimeout = 30 * time.Second
@@ -166,7 +168,7 @@ func (p *Protocol) run(ctx context.Context, s *protocols.Session, a *protocols.A
 		return p.unreachable(s, a, err)
 	}
 	ch := s.Channel()
-	c.ch, c.masker = ch, mask.NewMasker(p.cfg.HashKey)
+	c.ch, c.masker = ch, mask.NewMasker(p.cfg.HashKey())
 	q := &requests{conversation: c, p: p, s: s, role: role, searchPath: searchPath, analyses: map[string]*analysis{}, set: map[string]string{}}
 	if err := q.look(ctx, false); err != nil {
 		return p.reject(s, err)

@@ -375,7 +375,7 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 				op.Problem = &protocols.Refusal{Rule: "unknown", Reason: fmt.Sprintf("prepared statement %q does not exist", p.Execute), Code: "26000"}
 				return nil
 			}
-			inner, err := q.analyse(ctx, []byte(s.text))
+			inner, err := q.analyse(ctx, []byte(s.text), s.oids...)
 			if err != nil {
 				return err
 			}
@@ -430,7 +430,7 @@ func (q *requests) parse(ctx context.Context, frame []byte, op *protocols.Operat
 	if !r.done() {
 		return malformed("Parse")
 	}
-	an, err := q.analyse(ctx, text)
+	an, err := q.analyse(ctx, text, oids...)
 	if err != nil {
 		return err
 	}
@@ -464,7 +464,7 @@ func (q *requests) current(ctx context.Context, stmt *statement) (*analysis, err
 	if stmt.an.world == q.world {
 		return stmt.an, nil
 	}
-	return q.analyse(ctx, []byte(stmt.text))
+	return q.analyse(ctx, []byte(stmt.text), stmt.oids...)
 }
 
 func (q *requests) bind(ctx context.Context, frame []byte, op *protocols.Operation) error {
@@ -672,7 +672,11 @@ func (q *requests) Again(ctx context.Context, op *protocols.Operation) error {
 		return err
 	}
 	old := t.an
-	an, err := q.analyse(ctx, []byte(old.text))
+	var params []uint32
+	if t.stmt != nil {
+		params = t.stmt.oids
+	}
+	an, err := q.analyse(ctx, []byte(old.text), params...)
 	if err != nil {
 		return err
 	}

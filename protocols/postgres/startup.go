@@ -158,7 +158,10 @@ func readHello(packet []byte) (h *hello, options []string, err error) {
 			ok, pinned := sql.StartupParameterAllowed(name, value)
 			if !ok {
 				reason := fmt.Sprintf("the start-up parameter %s may not be set here", name)
-				if pinned != "" {
+				switch {
+				case pinned != "" && strings.EqualFold(name, "options"):
+					reason = fmt.Sprintf("the start-up parameter options names a setting that is held at %q here", pinned)
+				case pinned != "":
 					reason = fmt.Sprintf("the start-up parameter %s is held at %q here", name, pinned)
 				}
 				return nil, nil, &protocols.Refusal{Rule: "startup-parameter", Reason: reason, Code: "42501"}

@@ -163,7 +163,7 @@ func (p *printer) line(at time.Time, format string, args ...any) {
 func (p *printer) header(h *recording.Header) {
 	field := func(name, value string) {
 		if value != "" {
-			p.printf("%-12s%s\n", name, terminal.EscapeLine(value))
+			p.printf("%-11s %s\n", name, terminal.EscapeLine(value))
 		}
 	}
 	field("session", h.Session)
