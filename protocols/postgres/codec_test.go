@@ -1,10 +1,10 @@
 package postgres
 
 import (
-	"fmt"
 	"bytes"
 	"context"
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"testing"
