@@ -7,7 +7,9 @@
 package chaos
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,7 +28,10 @@ import (
 
 	"github.com/sallyport/sallyport/chaos/cluster"
 	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/node/pki"
 	"github.com/sallyport/sallyport/recording"
+	"github.com/sallyport/sallyport/recording/replay"
+	"github.com/sallyport/sallyport/recording/upload"
 )
 
 // extraRules add to the cluster's default ones what single tests need.
@@ -320,6 +325,32 @@ func (s *suite) entries(t testing.TB, name string) []recording.Entry {
 		var e recording.Entry
 		s.must(t, json.Unmarshal(raw, &e))
 		all = append(all, e)
+	}
+	return all
+}
+
+// read is entries without a process for each recording.
+func (s *suite) read(t testing.TB, name string) (all []recording.Entry) {
+	t.Helper()
+	ctx := t.Context()
+	store, err := upload.Open(ctx, s.Recordings)
+	s.must(t, err)
+	ca, err := os.ReadFile(s.CAFile)
+	s.must(t, err)
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	r, err := replay.Open(ctx, store, name, replay.Trust{Roots: roots, CheckNode: func(cert *x509.Certificate, node string) error {
+		if id, err := pki.ParseIdentity(cert); err != nil || id.Name != node {
+			return fmt.Errorf("signed by %v: %v", id, err)
+		}
+		return nil
+	}})
+	s.must(t, err)
+	for e, err := range r.Entries(ctx) {
+		s.must(t, err)
+		one := *e
+		one.Text, one.Data = bytes.Clone(e.Text), bytes.Clone(e.Data)
+		all = append(all, one)
 	}
 	return all
 }

@@ -156,7 +156,7 @@ func (s *suite) checkRecorded(t *testing.T, recordingName, client string, n int,
 	}
 	rows := map[string]uint64{} // the number of each row -> operation
 	bound := ""                 // the number that was bound last
-	for _, e := range s.entries(t, recordingName) {
+	for _, e := range s.read(t, recordingName) {
 		switch e.Type {
 		case recording.Command:
 			// A parameter is recorded with its Bind; the Execute after it runs it.

@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -84,6 +85,7 @@ CREATE VIEW user_emails AS SELECT id, email AS contact FROM users;
 CREATE FUNCTION all_emails() RETURNS SETOF text LANGUAGE sql SECURITY DEFINER AS 'SELECT email FROM users';
 ANALYZE users;
 GRANT SELECT ON user_emails TO app_ro, app_rw, app_migrator;`))
+	trick := s.login(t, n, "shop", token)
 	for _, sql := range []string{
 		"SELECT upper(email) FROM users",
 		"SELECT reverse(email) FROM users",
@@ -139,8 +141,16 @@ GRANT SELECT ON user_emails TO app_ro, app_rw, app_migrator;`))
 		"DO $$ BEGIN RAISE NOTICE '%', (SELECT email FROM users LIMIT 1); END $$",
 		"PREPARE leak AS SELECT upper(email) FROM users; EXECUTE leak",
 	} {
-		t.Run(sql, func(t *testing.T) { s.masked(t, n, token, sql) })
+		t.Run(sql, func(t *testing.T) { trick = s.masked(t, n, trick, token, sql) })
 	}
+	t.Run("psql", func(t *testing.T) {
+		for _, sql := range []string{"SELECT upper(email) FROM users", "COPY users TO STDOUT", `\copy users TO STDOUT`, "TABLE users; SELECT users FROM users", "EXPLAIN ANALYZE SELECT * FROM users WHERE email < 'b'"} {
+			out, err := n.PSQL(ctx, "shop", token, sql)
+			if err == nil || leaks(out) || !strings.Contains(out, "sallyport") {
+				t.Errorf("%s: %v: %s", sql, err, out)
+			}
+		}
+	})
 	if got := s.int(t, "shop", "SELECT count(*) FROM users WHERE country LIKE '%@%'") + s.int(t, "shop", "SELECT count(*) FROM orders WHERE item LIKE '%@%'"); got != 0 {
 		t.Errorf("%d values were written where they are not masked", got)
 	}
@@ -186,34 +196,63 @@ GRANT SELECT ON user_emails TO app_ro, app_rw, app_migrator;`))
 	})
 }
 
-// masked runs a statement by psql and by the extended protocol: it must fail,
-// and nothing of the column may come back.
-func (s *suite) masked(t *testing.T, n *cluster.Node, token, sql string) {
-	out, err := n.PSQL(t.Context(), "shop", token, sql)
-	if err == nil {
-		t.Errorf("psql succeeds: %s", out)
+// masked runs a statement by the simple and the extended protocol: it must be
+// refused, and nothing of the column may come back. It returns the session to
+// go on with.
+func (s *suite) masked(t *testing.T, n *cluster.Node, c *session, token, sql string) *session {
+	if c.IsClosed() {
+		c = s.login(t, n, "shop", token)
 	}
-	if !strings.Contains(out, "sallyport") {
-		t.Errorf("it is not Sallyport that refuses: %s", out)
-	}
-	out = strings.ReplaceAll(out, sql, "") // psql shows the statement in LINE 1: of an error
-	if leaks(out) {
-		t.Errorf("psql shows %s", out)
-	}
-	if strings.Contains(sql, ";") || strings.HasPrefix(sql, "COPY") {
-		return
-	}
-	c := s.login(t, n, "shop", token)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
+	check := func(how string, rows [][]byte, err error) {
+		refused(t, err, "", "sallyport")
+		if pe := pgError(err); pe != nil && leaks(strings.ReplaceAll(fmt.Sprintf("%+v", *pe), sql, "")) {
+			t.Errorf("%s: the error shows %+v", how, *pe)
+		}
+		for _, v := range rows {
+			if leaks(string(v)) {
+				t.Errorf("%s: %q comes back", how, v)
+			}
+		}
+		for {
+			select {
+			case notice := <-c.notices:
+				if leaks(notice) {
+					t.Errorf("%s: a notice says %q", how, notice)
+				}
+				continue
+			default:
+			}
+			return
+		}
+	}
+	var rows [][]byte
+	simple := c.PgConn().Exec(ctx, sql)
+	for simple.NextResult() {
+		for r := simple.ResultReader(); r.NextRow(); {
+			for _, v := range r.Values() {
+				rows = append(rows, bytes.Clone(v))
+			}
+		}
+	}
+	check("simple", rows, simple.Close())
+	if strings.HasPrefix(sql, "BEGIN") {
+		_ = c.simple(ctx, "ROLLBACK")
+	}
+	if strings.Contains(sql, ";") || c.IsClosed() {
+		return c
+	}
+	rows = nil
 	r := c.PgConn().ExecParams(ctx, sql, nil, nil, nil, []int16{1})
 	for r.NextRow() {
-		t.Errorf("a row comes back: %q", r.Values())
+		for _, v := range r.Values() {
+			rows = append(rows, bytes.Clone(v))
+		}
 	}
-	if _, err := r.Close(); err == nil {
-		t.Error("the extended protocol succeeds")
-	}
-	c.Close(ctx)
+	_, err := r.Close()
+	check("extended", rows, err)
+	return c
 }
 
 // testLeaks looks for tokens where none may be.
@@ -243,7 +282,7 @@ func testLeaks(t *testing.T, s *suite) {
 		header, err := json.Marshal(r)
 		s.must(t, err)
 		searchText(t, "the header of "+r.Name, string(header), needles)
-		for _, e := range s.entries(t, r.Name) {
+		for _, e := range s.read(t, r.Name) {
 			read++
 			text, err := json.Marshal(e)
 			s.must(t, err)
