@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"strconv"
 	"sync"
@@ -60,7 +61,24 @@ func (a *audit) begin(now time.Time) error {
 	return err
 }
 
+// maxText bounds each text of an entry: much of it is what strangers sent.
+const maxText = 512
+
+func clip(s string) string {
+	if len(s) > maxText {
+		return s[:maxText] + fmt.Sprintf("… (%d bytes)", len(s))
+	}
+	return s
+}
+
 func (a *audit) append(e *recording.Entry) error {
+	e.Verb, e.Rule, e.Reason, e.Actor = clip(e.Verb), clip(e.Rule), clip(e.Reason), clip(e.Actor)
+	for k, v := range e.Detail {
+		e.Detail[k] = clip(v)
+	}
+	for i, v := range e.Actions {
+		e.Actions[i] = clip(v)
+	}
 	if err := a.begin(time.Now()); err != nil {
 		return err
 	}

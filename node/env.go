@@ -398,7 +398,7 @@ func (n *Node) verifyProof(ctx context.Context, p *identity.Proof, o identity.Pr
 func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
 		Node: n.cfg.Name, Dev: n.cfg.Dev, Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings,
-		Authenticate: n.authenticateRequest, Decide: n.decide,
+		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, Open: n.unseal, SignNode: n.signMember,
 		Fence: n.fence, Leave: n.leave, LocalStatus: n.status, Audit: n.audit.call,
@@ -406,14 +406,34 @@ func (n *Node) apiDeps() api.Deps {
 	}
 }
 
+// known looks at a request's credential before its body is there: a token can
+// be verified, of a signed request only the certificate.
+func (n *Node) known(ctx context.Context, r *http.Request) error {
+	p, err := identity.ProofFromRequest(r, nil)
+	if err != nil {
+		return err
+	}
+	if p.Kind == identity.Certificate {
+		if pki.Fingerprint(p.Cert) != n.state.View().AdminCertFP {
+			return &protocols.AuthError{Code: "unknown-issuer", Reason: "this is not the administrator's certificate that the cluster was made with"}
+		}
+		return nil
+	}
+	_, err = n.verifyProof(ctx, p, identity.ProofOptions{})
+	return err
+}
+
 func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []byte, relayed bool) (*policy.Subject, []byte, error) {
 	p, err := identity.ProofFromRequest(r, body)
 	if err != nil {
 		return nil, nil, err
 	}
+	// At the door a signed request is good once. One that a node hands on may
+	// come again after a lost answer: its signature covers the idempotency key,
+	// so that the log makes it happen once.
 	nonces := &n.nonces
 	if relayed {
-		nonces = &n.relayedNonces
+		nonces = nil
 	}
 	subject, err := n.verifyProof(ctx, p, identity.ProofOptions{Nonces: nonces})
 	if err != nil {
@@ -445,9 +465,10 @@ func (n *Node) signMember(req *api.JoinRequest) (event.NodeInfo, error) {
 // fence answers when this node has stopped everything of the revocations up to
 // event seq.
 func (n *Node) fence(ctx context.Context, seq uint64) (event.NodeFenced, error) {
-	for n.state.View().Seq < seq {
+	// Folding is not enough: the view is there before its listeners have cut.
+	for n.fences.handled.Load() < seq {
 		changed := n.state.Changed()
-		if n.state.View().Seq >= seq {
+		if n.fences.handled.Load() >= seq {
 			break
 		}
 		select {

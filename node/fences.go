@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport/sallyport/node/approval"
@@ -29,6 +30,7 @@ type fences struct {
 	mu       sync.Mutex
 	runs     map[uint64]*fenceRun // by the revocation's event
 	order    []uint64
+	handled  atomic.Uint64  // every revocation up to this event has been begun
 	wg       sync.WaitGroup // runs; the node waits for them when it stops
 }
 

@@ -80,9 +80,7 @@ type Node struct {
 	env        *protocols.Env
 	tokens     tokenKeep
 
-	// nonces refuse repeated signed requests: at this node's own door, and
-	// where another node hands one on.
-	nonces, relayedNonces identity.Nonces
+	nonces identity.Nonces // refuse signed requests that come to this node's door again
 
 	// background are short tasks that outlive their session: handing over and
 	// dropping a session's account. Run waits for them.
@@ -278,6 +276,8 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("bootstrap", n.bootstrap)
 	run("announce", n.announce)
 	run("sweeper", n.targets.sweep)
+	run("contact", n.watchContact)
+	run("members", n.reconcileMembers)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); err != nil {
@@ -482,6 +482,67 @@ func (n *Node) catchUp(ctx context.Context) error {
 	}
 }
 
+// cutOffAfter is how long sessions run on without a word from a leader. Leases
+// will make it a matter of seconds, and a promise.
+const cutOffAfter = 60 * time.Second
+
+// watchContact cuts all sessions of a node that has been cut off, or removed
+// without hearing of it: it cannot know what was revoked.
+func (n *Node) watchContact(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	last := time.Now()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		if n.inTouch() == nil {
+			last = time.Now()
+			continue
+		}
+		if time.Since(last) < cutOffAfter-contactLost || len(n.sessions.List()) == 0 {
+			continue
+		}
+		n.log.Error("cutting all sessions: no leader has been heard for too long to know what was revoked", "limit", cutOffAfter)
+		cctx, cancel := context.WithTimeout(ctx, fenceWait)
+		_, _ = n.sessions.CutWhere(cctx, func(session.Info) bool { return true }, &protocols.Refusal{Rule: "no-quorum", Code: "57P01",
+			Reason: "this node has lost the cluster's leader for too long to know what was revoked: connect to another node"})
+		cancel()
+	}
+}
+
+// reconcileMembers completes, at the leader, removals that were interrupted
+// between Raft's configuration and the event.
+func (n *Node) reconcileMembers(ctx context.Context) error {
+	tick := time.NewTicker(5 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		if !n.store.IsLeader() {
+			continue
+		}
+		members, err := n.store.Members()
+		if err != nil {
+			continue
+		}
+		for _, m := range members {
+			if n.state.View().Removed[m.ID] {
+				rctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+				if err := n.store.Remove(rctx, m.ID); err != nil {
+					n.log.Warn("a removed node is still counted by Raft", "member", m.ID, "err", err)
+				}
+				cancel()
+			}
+		}
+	}
+}
+
 // onChange acts on new events. It runs on the goroutine that folds them, and
 // must not wait for anything.
 func (n *Node) onChange(old, v *state.View, events []event.Event) {
@@ -515,6 +576,7 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 			}
 		}
 	}
+	n.fences.handled.Store(v.Seq)
 }
 
 // serveHTTP serves the API over connections with TLS on.

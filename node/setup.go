@@ -65,6 +65,11 @@ func Init(o InitOptions) error {
 	if !pki.ValidName(o.Cluster) {
 		return fmt.Errorf("%q cannot name a cluster", o.Cluster)
 	}
+	for _, name := range []string{"admin.crt", "admin.key"} {
+		if _, err := os.Lstat(filepath.Join(o.AdminOut, name)); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s exists already, perhaps the only key to another cluster: choose another --admin-out", filepath.Join(o.AdminOut, name))
+		}
+	}
 	now := time.Now()
 	ca, err := pki.NewCA(o.Cluster, now)
 	if err != nil {
@@ -146,12 +151,32 @@ func nodeKeys() (*ecdsa.PrivateKey, *vault.NodeIdentity, []byte, error) {
 // saveNode writes what makes the directory a node; node.yaml last, since its
 // presence says that the rest is there.
 func saveNode(c *config.Config, key *ecdsa.PrivateKey, ident *vault.NodeIdentity, ca, cert []byte) error {
-	return errors.Join(
+	if err := errors.Join(
 		pki.SaveKey(filepath.Join(c.DataDir, nodeKeyFile), key),
 		ident.Save(filepath.Join(c.DataDir, identityFile)),
 		pki.SaveCert(filepath.Join(c.DataDir, caFile), ca),
-		pki.SaveCert(filepath.Join(c.DataDir, nodeCertFile), cert),
-		c.Save())
+		pki.SaveCert(filepath.Join(c.DataDir, nodeCertFile), cert)); err != nil {
+		return err
+	}
+	return c.Save()
+}
+
+// keptKeys are the keys that an interrupted join left, or new ones, kept before
+// the cluster hears of them: a join whose answer was lost can be repeated with
+// the same token.
+func keptKeys(dir string) (*ecdsa.PrivateKey, *vault.NodeIdentity, []byte, error) {
+	keyPath, idPath := filepath.Join(dir, nodeKeyFile), filepath.Join(dir, identityFile)
+	key, keyErr := pki.LoadKey(keyPath)
+	ident, idErr := vault.LoadNodeIdentity(idPath)
+	if keyErr == nil && idErr == nil {
+		csr, err := pki.CSR(key)
+		return key, ident, csr, err
+	}
+	key, ident, csr, err := nodeKeys()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	return key, ident, csr, errors.Join(pki.SaveKey(keyPath, key), ident.Save(idPath))
 }
 
 // caKeyName is the name that the CA's key is sealed under.
@@ -201,7 +226,7 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err := prepare(o.Config); err != nil {
 		return err
 	}
-	key, ident, csr, err := nodeKeys()
+	key, ident, csr, err := keptKeys(o.Config.DataDir)
 	if err != nil {
 		return err
 	}

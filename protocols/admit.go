@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -372,6 +373,11 @@ func (c *Channel) hold(ctx context.Context, op *Operation, adm *Admission, ap *p
 		ticket.Cancel(ctx, err.Error())
 		return err
 	}
+	if d, _, _ := c.decide(op, now, nil); d.Effect == policy.Hold && stricter(d.Obligations.Approval, ap) {
+		r := &Refusal{Rule: d.Rule, Reason: "the approval rule asks for more since the policy changed: run it again"}
+		ticket.Cancel(ctx, r.Reason)
+		return r
+	}
 	d, index, actions := c.decide(op, now, ap.Rules)
 	if err := c.recordDecision(adm.Op, &d, index, actions); err != nil {
 		return err
@@ -396,6 +402,19 @@ func (c *Channel) hold(ctx context.Context, op *Operation, adm *Admission, ap *p
 	adm.approved = ap.Rules
 	adm.At = c.s.Env.Now()
 	return nil
+}
+
+// stricter says that what is owed now is not covered by what was asked for.
+func stricter(now, asked *policy.Approval) bool {
+	if now == nil {
+		return true
+	}
+	for _, g := range now.Groups {
+		if !slices.Contains(asked.Groups, g) {
+			return true
+		}
+	}
+	return now.Count > asked.Count
 }
 
 // wait tells the client and waits for the decision. The client's socket is

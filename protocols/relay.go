@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -102,7 +103,7 @@ func (c *Channel) Relay(ctx context.Context, req Requests, resp Responses, farew
 	var requests, responses error
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		requests = c.relayRequests(ctx)
+		requests = c.contained(func() error { return c.relayRequests(ctx) })
 		if requests == nil { // said goodbye: the target closes when it is done
 			return
 		}
@@ -126,7 +127,7 @@ func (c *Channel) Relay(ctx context.Context, req Requests, resp Responses, farew
 		cancel(requests)
 	})
 	wg.Go(func() {
-		responses = c.relayResponses()
+		responses = c.contained(c.relayResponses)
 		var r *Refusal
 		if errors.As(responses, &r) {
 			c.s.Cut(r)
@@ -160,6 +161,17 @@ func (c *Channel) Relay(ctx context.Context, req Requests, resp Responses, farew
 		return responses
 	}
 	return requests
+}
+
+// contained turns a panic into the end of this session alone.
+func (c *Channel) contained(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.s.Env.Log.Error("panic in a session", "session", c.s.access.SessionID, "panic", p, "stack", string(debug.Stack()))
+			err = &Refusal{Rule: "internal", Reason: "internal error in the gateway: the session was ended", Code: "XX000"}
+		}
+	}()
+	return f()
 }
 
 // A upstreamError is a failure of the target's connection.

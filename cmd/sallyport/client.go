@@ -199,9 +199,22 @@ func table(w io.Writer, head string, rows [][]string) {
 	tw.Flush()
 }
 
-// say prints a line, escaped.
+// say prints a format of ours. What it is given comes from others as a rule
+// (claims, names, reasons), so that it is escaped, newlines too: nobody writes
+// lines that look like ours.
 func say(w io.Writer, format string, args ...any) {
-	fmt.Fprintln(w, terminal.EscapeString(fmt.Sprintf(format, args...)))
+	for i, a := range args {
+		switch a := a.(type) {
+		case int, int64, uint64, uint32, bool, time.Duration:
+		case string:
+			args[i] = terminal.EscapeLine(a)
+		case error:
+			args[i] = terminal.EscapeLine(a.Error())
+		default:
+			args[i] = terminal.EscapeLine(fmt.Sprint(a))
+		}
+	}
+	fmt.Fprintf(w, format+"\n", args...)
 }
 
 func ago(t time.Time) string {

@@ -161,7 +161,7 @@ func (d *demo) setUp() error {
 	}
 	d.env["SALLYPORT_ADMIN_CERT"], d.env["SALLYPORT_ADMIN_KEY"] = filepath.Join(d.dir, "admin", "admin.crt"), filepath.Join(d.dir, "admin", "admin.key")
 	for _, n := range []string{"n2", "n3"} {
-		d.must(fmt.Sprintf(`sallyport cluster join --name %[1]s --data-dir %[1]s --addr 127.0.0.1:$%[2]s --server 127.0.0.1:$N1 --recordings $STORE --dev --token $(sallyport cluster token create 2>/dev/null)`, n, strings.ToUpper(n)))
+		d.must(fmt.Sprintf(`SALLYPORT_JOIN_TOKEN=$(sallyport cluster token create 2>/dev/null) sallyport cluster join --name %[1]s --data-dir %[1]s --addr 127.0.0.1:$%[2]s --server 127.0.0.1:$N1 --recordings $STORE --dev`, n, strings.ToUpper(n)))
 		if err := d.start(n); err != nil {
 			return err
 		}

@@ -39,6 +39,9 @@ func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
 	if err := r.decode(&in); err != nil {
 		return nil, err
 	}
+	if ev, done := s.done(r, event.TypeConfigApplied); done && !in.DryRun {
+		return ConfigResult{Index: ev.Index, Applied: true}, nil
+	}
 	v := s.State.View()
 	names := map[string]bool{}
 	for n := range v.Secrets {
@@ -177,6 +180,9 @@ func (s *Server) vote(approve bool) handler {
 		}
 		if len(in.Comment) > 1000 {
 			return nil, invalid("the comment is longer than 1000 bytes")
+		}
+		if ev, done := s.done(r, event.TypeApprovalVoted); done {
+			return Committed{ev.Seq, ev.Index, ev.Time}, nil
 		}
 		a, err := s.approvalOf(r)
 		if err != nil {
@@ -323,6 +329,9 @@ func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
 	}
 	id := r.PathValue("id")
 	rev := s.State.View().Revocations[id]
+	if _, done := s.done(r, event.TypeRevocationUndone); done && rev != nil {
+		return revocationInfo(rev), nil
+	}
 	switch {
 	case rev == nil:
 		return nil, notFound("there is no revocation %q; `sallyport revocations list` shows them", id)
@@ -375,6 +384,7 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		if err := s.roomToAsk(p.Subject); err != nil {
 			return nil, err
 		}
+		p.Issuer, p.Name = subject.Issuer, subject.Name
 		p.Claims, p.Persons = subject.Claims, subject.Persons // the leader's own reading of the token
 		if prop.Payload, err = json.Marshal(p); err != nil {
 			return nil, err

@@ -1,10 +1,12 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -17,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sallyport/sallyport/node/approval"
 	"github.com/sallyport/sallyport/node/config"
 	"github.com/sallyport/sallyport/node/tunnel"
 	"github.com/sallyport/sallyport/raftstore"
@@ -151,8 +154,12 @@ func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
 	hash := sha256.Sum256(secret)
 	ca := sha256.Sum256(s.State.View().CA)
 	made := event.JoinTokenMade{ID: id, Hash: hash[:], Expires: s.Now().Add(in.TTL).UTC()}
-	if _, err := s.propose(w, r, event.TypeJoinTokenMade, "jointoken/"+id, 0, made); err != nil {
+	ev, err := s.propose(w, r, event.TypeJoinTokenMade, "jointoken/"+id, 0, made)
+	if err != nil {
 		return nil, err
+	}
+	if p, err := approval.Decode[event.JoinTokenMade](ev.Payload); err != nil || !bytes.Equal(p.Hash, made.Hash) {
+		return nil, &Failure{&Problem{Code: "conflict", Status: http.StatusConflict, Error: "this call made a token before, whose secret is shown once only: make another one"}}
 	}
 	enc := base64.RawURLEncoding
 	return JoinTokenReply{
@@ -164,7 +171,7 @@ func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
 // join makes a node a member. The token is the only credential; two events,
 // appended together or not at all, consume it and add the node.
 func (s *Server) join(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, smallBody))
 	if err != nil {
 		fail(w, problem(invalid("reading the request: %v", err)))
 		return
@@ -207,7 +214,14 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 	tok, ok := v.JoinTokens[in.TokenID]
 	secret, err := base64.RawURLEncoding.DecodeString(in.Secret)
 	sum := sha256.Sum256(secret)
-	if !ok || err != nil || subtle.ConstantTimeCompare(sum[:], tok.Hash) != 1 || tok.UsedBy != "" || s.Now().After(tok.Expires) {
+	if !ok || err != nil || subtle.ConstantTimeCompare(sum[:], tok.Hash) != 1 || s.Now().After(tok.Expires) {
+		return nil, denied
+	}
+	if tok.UsedBy != "" {
+		// The answer to the node that used it may have been lost.
+		if info, member := v.Nodes[tok.UsedBy]; member && tok.UsedBy == in.Name && sameKey(info.Cert, in.CSR) && info.Recipient == in.Recipient {
+			return s.joined(in.Name), nil
+		}
 		return nil, denied
 	}
 	if !config.ValidName(in.Name) {
@@ -237,12 +251,30 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 	if err != nil {
 		return nil, err
 	}
-	v = s.State.View()
-	rep := JoinReply{Cluster: v.ClusterID, CA: v.CA, Cert: info.Cert}
+	return s.joined(in.Name), nil
+}
+
+// sameKey says whether a certificate and a certificate request are of one key.
+func sameKey(cert, csr []byte) bool {
+	c, err := x509.ParseCertificate(cert)
+	if err != nil {
+		return false
+	}
+	q, err := x509.ParseCertificateRequest(csr)
+	if err != nil || q.CheckSignature() != nil {
+		return false
+	}
+	return bytes.Equal(c.RawSubjectPublicKeyInfo, q.RawSubjectPublicKeyInfo)
+}
+
+// joined is what a member needs to start.
+func (s *Server) joined(name string) JoinReply {
+	v := s.State.View()
+	rep := JoinReply{Cluster: v.ClusterID, CA: v.CA, Cert: v.Nodes[name].Cert}
 	for _, name := range slices.Sorted(maps.Keys(v.Nodes)) {
 		rep.Peers = append(rep.Peers, v.Nodes[name])
 	}
-	return rep, nil
+	return rep
 }
 
 func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
@@ -251,6 +283,9 @@ func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
+	if ev, done := s.done(r, event.TypeNodeRemoved); done {
+		return RemoveNodeReply{Committed: Committed{ev.Seq, ev.Index, ev.Time}, Detail: "removed before"}, nil
+	}
 	if _, member := s.State.View().Nodes[name]; !member {
 		return nil, notFound("no node is named %q; `sallyport status` lists them", name)
 	}
@@ -266,12 +301,14 @@ func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), 40*time.Second)
 	defer cancel()
 	told := s.exchange(ctx, http.MethodPost, name, "/mesh/v1/leave", struct{}{}, nil)
+	// Raft's configuration first: once the event is there, the nodes refuse each
+	// other's word, and Raft would count on one that cannot answer.
+	if err := s.Store.Remove(ctx, name); err != nil {
+		return nil, fmt.Errorf("taking %s out of Raft: %w", name, err)
+	}
 	ev, err := s.propose(w, r, event.TypeNodeRemoved, "node/"+name, event.Any, event.NodeRemoved{Name: name, Reason: in.Reason})
 	if err != nil {
 		return nil, err
-	}
-	if err := s.Store.Remove(ctx, name); err != nil {
-		return nil, fmt.Errorf("%s is no member any more, but Raft still counts it: %w", name, err)
 	}
 	rep := RemoveNodeReply{Committed: Committed{ev.Seq, ev.Index, ev.Time}, Stopped: told == nil}
 	if told != nil {

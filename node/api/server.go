@@ -32,8 +32,15 @@ import (
 	"github.com/sallyport/sallyport/recording"
 )
 
-// maxBody bounds a request's body: a configuration of 1 MiB in base64, and its secrets.
-const maxBody = 4 << 20
+const (
+	// maxBody bounds a configuration: 1 MiB of files in base64, and secrets.
+	maxBody = 4 << 20
+	// smallBody bounds every other body.
+	smallBody = 64 << 10
+	// maxLarge bounds how many configurations are read at once: what callers
+	// not yet known can make a node hold is this and their small bodies.
+	maxLarge = 4
+)
 
 // Deps is what the API needs of its node.
 type Deps struct {
@@ -50,7 +57,10 @@ type Deps struct {
 	// proof that another node can check again. relayed says that a node of the
 	// cluster handed the request on.
 	Authenticate func(ctx context.Context, r *http.Request, body []byte, relayed bool) (*policy.Subject, []byte, error)
-	Decide       func(req *policy.Request) (policy.Decision, uint64)
+	// Known says, before a large body is read, whether the request's credential
+	// is one that Authenticate could accept.
+	Known  func(ctx context.Context, r *http.Request) error
+	Decide func(req *policy.Request) (policy.Decision, uint64)
 	// VerifyToken checks a caller's token that another node passes on.
 	VerifyToken func(ctx context.Context, token string) (*policy.Subject, error)
 	Seal        func(name string, plain []byte) (event.Sealed, error)
@@ -74,13 +84,14 @@ type Deps struct {
 // Server answers API calls.
 type Server struct {
 	Deps
+	large  chan struct{}  // places for large bodies
 	public *http.ServeMux // for clients, and for other nodes that hand a call on
 	mesh   *http.ServeMux // for other nodes only
 }
 
 // NewServer returns a Server.
 func NewServer(d Deps) *Server {
-	s := &Server{Deps: d, public: http.NewServeMux(), mesh: http.NewServeMux()}
+	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), public: http.NewServeMux(), mesh: http.NewServeMux()}
 	s.routes()
 	return s
 }
@@ -178,7 +189,23 @@ type handler func(w http.ResponseWriter, r *request) (any, error)
 
 func (s *Server) call(action policy.Action, change bool, h handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, hr *http.Request) {
-		body, err := io.ReadAll(hr.Body)
+		limit := int64(smallBody)
+		if action == policy.AdminApply {
+			limit = maxBody
+			if err := s.Known(hr.Context(), hr); err != nil {
+				_ = s.audit(hr, action, nil, "refuse", "unauthenticated", err.Error())
+				fail(w, &Problem{Code: "unauthenticated", Error: err.Error(), Status: http.StatusUnauthorized})
+				return
+			}
+			select {
+			case s.large <- struct{}{}:
+				defer func() { <-s.large }()
+			default:
+				fail(w, &Problem{Code: "unavailable", Error: "this node is reading other configurations: try again", Status: http.StatusServiceUnavailable})
+				return
+			}
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, hr.Body, limit))
 		if err != nil {
 			fail(w, &Problem{Code: "invalid", Error: fmt.Sprintf("reading the request: %v", err), Status: http.StatusRequestEntityTooLarge})
 			return
@@ -303,9 +330,8 @@ const leaderTries = 20
 
 // toLeader hands a call on. The leader authenticates the caller itself.
 func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
-	if r.Header.Get("Idempotency-Key") == "" {
-		id := event.NewID()
-		r.Header.Set("Idempotency-Key", id.String())
+	if id := event.NewID(); r.Header.Get("Idempotency-Key") == "" && strings.HasPrefix(r.Header.Get("Authorization"), "Bearer ") {
+		r.Header.Set("Idempotency-Key", id.String()) // a signature would cover it
 	}
 	client := clientIP(r)
 	for try := 0; ; try++ {
@@ -373,6 +399,12 @@ func (s *Server) awaitSeq(ctx context.Context, seq string) {
 			return
 		}
 	}
+}
+
+// done finds what an earlier try of the same call did.
+func (s *Server) done(r *request, typ string) (event.Event, bool) {
+	ev, ok, err := s.Store.ByID(r.id)
+	return ev, err == nil && ok && ev.Type == typ && ev.Actor.Principal == r.subject.ID()
 }
 
 // propose appends on the leader and waits until this node has folded it.

@@ -69,6 +69,12 @@ func newRig(t *testing.T) *rig {
 			return r.subject, []byte("proof"), nil
 		},
 		Decide: r.decide,
+		Known: func(_ context.Context, req *http.Request) error {
+			if req.Header.Get("Authorization") == "" {
+				return errors.New("no credential")
+			}
+			return nil
+		},
 		Fence: func(context.Context, uint64) (event.NodeFenced, error) {
 			return event.NodeFenced{State: "confirmed"}, nil
 		},

@@ -67,7 +67,7 @@ func (s *Service) Ask(ctx context.Context, h *protocols.Hold, token string) (pro
 	expires := h.Approval.Expires
 	ask := event.ApprovalAsked{
 		ID: id, Session: h.Access.SessionID, Node: s.env.Node,
-		Subject: h.Access.Subject.ID(), Persons: h.Access.Subject.Persons, Claims: h.Access.Subject.Claims,
+		Subject: h.Access.Subject.ID(), Issuer: h.Access.Subject.Issuer, Name: h.Access.Subject.Name, Persons: h.Access.Subject.Persons, Claims: h.Access.Subject.Claims,
 		Target: h.Access.Target, Database: h.Access.Database,
 		Digest: h.Digest[:], Text: text, Detail: h.Detail,
 		Rules: h.Approval.Rules, Groups: h.Approval.Groups, Count: max(1, h.Approval.Count),
@@ -85,7 +85,7 @@ func (s *Service) Eligible(a *state.Approval, approver *policy.Subject) *protoco
 	no := func(rule, format string, args ...any) *protocols.Refusal {
 		return &protocols.Refusal{Rule: rule, Reason: fmt.Sprintf(format, args...)}
 	}
-	if approver.ID() == a.Subject {
+	if approver.ID() == a.Subject || (a.Issuer != "" && approver.Issuer == a.Issuer && approver.Name == a.Name) {
 		return no("four-eyes", "%s asked for this itself: someone else must approve it", a.Subject)
 	}
 	for _, name := range names(approver) {
@@ -140,12 +140,16 @@ func (t *ticket) HowTo() string {
 		t.id, t.id, t.expires.Format(time.RFC3339))
 }
 
+// retryVotes is how soon a vote that could not be checked is checked again.
+const retryVotes = 2 * time.Second
+
 // Wait returns the approvers once enough of them have been verified.
 func (t *ticket) Wait(ctx context.Context) ([]string, error) {
 	expiry := time.NewTimer(time.Until(t.expires))
 	defer expiry.Stop()
-	verified := map[string]bool{} // votes already checked, by approver
+	vs := &votes{verified: map[string]*policy.Subject{}, logged: map[string]bool{}}
 	for {
+		var retry <-chan time.Time
 		changed := t.s.env.State.Changed()
 		v := t.s.env.State.View()
 		a := v.Approvals[t.id]
@@ -162,12 +166,17 @@ func (t *ticket) Wait(ctx context.Context) ([]string, error) {
 		case a.Ended != nil:
 			return nil, &protocols.Refusal{Rule: rules(a), Reason: fmt.Sprintf("approval request %s is already %s", t.id, a.Ended.How), Code: "57014"}
 		default:
-			if approvers := t.s.verify(ctx, a, verified); len(approvers) >= a.Count {
+			approvers, again := t.s.count(ctx, a, vs)
+			if len(approvers) >= a.Count {
 				return approvers, nil
+			}
+			if again {
+				retry = time.After(retryVotes)
 			}
 		}
 		select {
 		case <-changed:
+		case <-retry:
 		case <-expiry.C:
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
@@ -190,43 +199,73 @@ func denial(a *state.Approval) *protocols.Refusal {
 	return nil
 }
 
-// verify returns the approvers whose votes stand up to a check of their own
-// credential and of the policy as it is now. A vote that does not is logged
-// once and counts for nothing.
-func (s *Service) verify(ctx context.Context, a *state.Approval, seen map[string]bool) []string {
-	var approvers []string
-	for _, v := range a.Votes {
-		ok, checked := seen[v.Approver]
-		if !checked {
-			ok = s.verifyVote(ctx, a, v)
-			seen[v.Approver] = ok
-		}
-		if ok && !slices.Contains(approvers, v.Approver) {
-			approvers = append(approvers, v.Approver)
-		}
-	}
-	return approvers
+// votes are what one wait has found out about the votes of its request.
+type votes struct {
+	verified map[string]*policy.Subject // who really cast it, by approver
+	logged   map[string]bool
 }
 
-func (s *Service) verifyVote(ctx context.Context, a *state.Approval, v state.Vote) bool {
+// count returns the approvers whose votes stand up: the proof is theirs, for
+// exactly this, and policy lets them approve now. One person under two names
+// is one approver. again says that a vote could not be checked and may be
+// later: an issuer may be out of reach.
+func (s *Service) count(ctx context.Context, a *state.Approval, vs *votes) (approvers []string, again bool) {
+	var counted []*policy.Subject
+	for _, v := range a.Votes {
+		who := vs.verified[v.Approver]
+		var err error
+		if who == nil {
+			if who, err = s.verifyVote(ctx, a, v); err == nil {
+				vs.verified[v.Approver] = who
+			} else {
+				again = true
+			}
+		}
+		if err == nil {
+			if r := s.Eligible(a, who); r != nil { // each time: it may have changed
+				err = r
+			} else if slices.ContainsFunc(counted, func(o *policy.Subject) bool { return samePerson(o, who) }) {
+				err = errors.New("the same person has approved under another name")
+			}
+		}
+		if err != nil {
+			if !vs.logged[v.Approver] {
+				vs.logged[v.Approver] = true
+				s.env.Log.Error("a vote does not stand up and is not counted", "approval", a.ID, "approver", v.Approver, "err", err)
+			}
+			continue
+		}
+		counted = append(counted, who)
+		approvers = append(approvers, v.Approver)
+	}
+	return approvers, again
+}
+
+func (s *Service) verifyVote(ctx context.Context, a *state.Approval, v state.Vote) (*policy.Subject, error) {
 	vctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	who, err := s.env.VerifyVote(vctx, a, v)
 	switch {
 	case err != nil:
+		return nil, err
 	case who.ID() != v.Approver:
-		err = fmt.Errorf("the proof is of %s", who.ID())
+		return nil, fmt.Errorf("the proof is of %s", who.ID())
 	case !slices.Equal(v.Digest, a.Digest):
-		err = errors.New("the vote is for something else")
-	default:
-		if r := s.Eligible(a, who); r != nil {
-			err = r
-		}
+		return nil, errors.New("the vote is for something else")
 	}
-	if err != nil {
-		s.env.Log.Error("a vote does not stand up and is not counted", "approval", a.ID, "approver", v.Approver, "err", err)
+	return who, nil
+}
+
+// samePerson says whether two subjects may be one person under two providers:
+// the same subject of one issuer, or a name in common.
+func samePerson(a, b *policy.Subject) bool {
+	if a.ID() == b.ID() || (a.Issuer != "" && a.Issuer == b.Issuer && a.Name == b.Name) {
+		return true
 	}
-	return err == nil
+	others := names(b)
+	return slices.ContainsFunc(names(a), func(n string) bool {
+		return slices.ContainsFunc(others, func(o string) bool { return strings.EqualFold(n, o) })
+	})
 }
 
 // Use consumes the approval: the event log accepts it once.

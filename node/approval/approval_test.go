@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -114,7 +115,7 @@ func (r *rig) vote(a event.ApprovalAsked, who *policy.Subject, approve bool, dig
 
 func TestEligible(t *testing.T) {
 	r := newRig(t)
-	a := &state.Approval{ApprovalAsked: event.ApprovalAsked{Subject: "ci/repo:acme/shop", Persons: []string{"Dana@acme.example", "kim"}, Groups: []string{"dba"}, Target: "prod-db"}}
+	a := &state.Approval{ApprovalAsked: event.ApprovalAsked{Subject: "ci/repo:acme/shop", Issuer: "https://ci", Name: "repo:acme/shop", Persons: []string{"Dana@acme.example", "kim"}, Groups: []string{"dba"}, Target: "prod-db"}}
 	self := job()
 	self.Groups = []string{"dba"}
 	for _, c := range []struct {
@@ -126,6 +127,7 @@ func TestEligible(t *testing.T) {
 		{"the requester", self, "four-eyes"},
 		{"a person in its claims, by e-mail, in other letters", person("dana", "dba"), "four-eyes"},
 		{"a person in its claims, by name", person("kim", "dba"), "four-eyes"},
+		{"the requester's own token under another provider", &policy.Subject{Provider: "ci-admin", Issuer: "https://ci", Name: "repo:acme/shop", Groups: []string{"dba"}}, "four-eyes"},
 		{"not in the group", person("robin", "ops"), "approver-group"},
 	} {
 		got := ""
@@ -199,6 +201,52 @@ func TestVotesThatDoNotStandUp(t *testing.T) {
 				t.Fatalf("released by %v, %v", approvers, err)
 			}
 		})
+	}
+}
+
+// One person with two logins is one approver, and an approver who was revoked
+// between the votes is none.
+func TestTwoVotesOfOnePerson(t *testing.T) {
+	r := newRig(t)
+	tk, a := r.ask(t, policy.Approval{Rules: []string{"r"}, Groups: []string{"dba"}, Count: 2, Expires: time.Minute})
+	robin, again, kim := person("robin", "dba"), person("robin", "dba"), person("kim", "dba")
+	again.Provider = "corp"
+	for _, s := range []*policy.Subject{robin, again, kim} {
+		r.voters[s.ID()] = s
+	}
+	waits := func() {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if approvers, err := tk.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("released by %v, %v", approvers, err)
+		}
+	}
+	r.vote(a, robin, true, a.Digest)
+	r.vote(a, again, true, a.Digest)
+	waits()
+	r.log.append(event.TypeRevoked, "revocation/a", event.Revoked{ID: "a", Subject: robin.ID()})
+	r.log.append(event.TypeRevoked, "revocation/b", event.Revoked{ID: "b", Subject: again.ID()})
+	r.vote(a, kim, true, a.Digest)
+	waits()
+}
+
+// An issuer out of reach for a moment does not lose a vote.
+func TestVoteIsCheckedAgain(t *testing.T) {
+	r := newRig(t)
+	tk, a := r.ask(t, policy.Approval{Rules: []string{"r"}, Groups: []string{"dba"}, Count: 1, Expires: time.Minute})
+	var tries atomic.Int32
+	verify := r.env.VerifyVote
+	r.env.VerifyVote = func(ctx context.Context, a *state.Approval, v state.Vote) (*policy.Subject, error) {
+		if tries.Add(1) == 1 {
+			return nil, errors.New("the issuer does not answer")
+		}
+		return verify(ctx, a, v)
+	}
+	r.voters["sso/robin"] = person("robin", "dba")
+	r.vote(a, person("robin", "dba"), true, a.Digest)
+	if approvers, err := tk.Wait(t.Context()); err != nil || len(approvers) != 1 {
+		t.Fatalf("%v, %v", approvers, err)
 	}
 }
 

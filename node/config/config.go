@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"gopkg.in/yaml.v3"
+
+	"github.com/sallyport/sallyport/node/pki"
 )
 
 // FileName is the settings file's name in a data directory.
@@ -82,12 +84,11 @@ func (c *Config) Save() error {
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(c.DataDir, FileName), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
+	path := filepath.Join(c.DataDir, FileName)
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s exists already", path)
 	}
-	_, err = f.Write(data)
-	return errors.Join(err, f.Sync(), f.Close())
+	return pki.WriteFile(path, data)
 }
 
 // SetDefaults replaces zero values by the defaults.

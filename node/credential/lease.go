@@ -77,9 +77,10 @@ func (l *Lease) Dial(ctx context.Context) (net.Conn, error) {
 	return c, nil
 }
 
-// current is the newest configuration of the lease's target.
+// current is the newest configuration of the lease's target, for as long as
+// that is the same server: the account is where it was made.
 func (l *Lease) current() *TargetConfig {
-	if t, err := l.issuer.target(l.config.Name); err == nil {
+	if t, err := l.issuer.target(l.config.Name); err == nil && t.Address == l.config.Address {
 		return t
 	}
 	return l.config

@@ -54,13 +54,14 @@ type Proof struct {
 	Token string `json:"token,omitempty"` // Bearer: the OIDC token
 
 	// The rest is for Certificate. What is signed is Method, Path, BodyHash,
-	// Time and Nonce: whoever verifies a stored Proof must check that Method,
+	// Time, Nonce and Key: whoever verifies a stored Proof must check that Method,
 	// Path and BodyHash are those of the act it is to prove.
 	Method    string `json:"method,omitempty"`
 	Path      string `json:"path,omitempty"` // with query
 	BodyHash  []byte `json:"body_hash,omitempty"`
 	Time      int64  `json:"time,omitempty"` // seconds since 1970
 	Nonce     string `json:"nonce,omitempty"`
+	Key       string `json:"key,omitempty"`  // the request's Idempotency-Key
 	Cert      []byte `json:"cert,omitempty"` // DER
 	Signature []byte `json:"signature,omitempty"`
 }
@@ -72,7 +73,7 @@ func (p Proof) GoString() string { return p.String() }
 
 // SignRequest signs req, which carries body, with an administrator's
 // certificate (DER) and key, and attaches the proof to it. Nothing of method,
-// URL or body may change afterwards; sending it a second time is refused.
+// URL, body or Idempotency-Key may change afterwards; sending it a second time is refused.
 func SignRequest(req *http.Request, body, cert []byte, key crypto.Signer) error {
 	return signRequestAt(req, body, cert, key, time.Now())
 }
@@ -103,13 +104,13 @@ func requestProof(req *http.Request, body []byte) *Proof {
 	if method == "" {
 		method = http.MethodGet
 	}
-	return &Proof{Kind: Certificate, Method: method, Path: req.URL.RequestURI(), BodyHash: sum[:]}
+	return &Proof{Kind: Certificate, Method: method, Path: req.URL.RequestURI(), BodyHash: sum[:], Key: req.Header.Get("Idempotency-Key")}
 }
 
 // signed is what the signature covers. No part can hold a line feed (verified
 // before use), so two different requests never give the same bytes.
 func (p *Proof) signed() []byte {
-	return fmt.Appendf(nil, "%s\n%s\n%s\n%x\n%d\n%s\n", signContext, p.Method, p.Path, p.BodyHash, p.Time, p.Nonce)
+	return fmt.Appendf(nil, "%s\n%s\n%s\n%x\n%d\n%s\n%s\n", signContext, p.Method, p.Path, p.BodyHash, p.Time, p.Nonce, p.Key)
 }
 
 // ProofFromRequest reads what a request presents: a bearer token or a signed
@@ -171,7 +172,7 @@ func (v *Verifier) VerifyProof(ctx context.Context, p *Proof, o ProofOptions) (*
 
 func verifyCertificate(p *Proof, o ProofOptions, at time.Time) (*policy.Subject, error) {
 	if len(p.BodyHash) != sha256.Size || len(p.Nonce) != 2*nonceBytes || len(p.Cert) > 16<<10 || len(p.Signature) > 256 ||
-		len(p.Path) > 16<<10 || strings.ContainsAny(p.Method+p.Path+p.Nonce, "\n\r\x00") {
+		len(p.Path) > 16<<10 || len(p.Key) > 64 || strings.ContainsAny(p.Method+p.Path+p.Nonce+p.Key, "\n\r\x00") {
 		return nil, refuse("malformed-token", "the request's signature is incomplete")
 	}
 	cert, err := x509.ParseCertificate(p.Cert)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/bundle"
+	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
@@ -110,7 +111,8 @@ type standing struct {
 
 // Revoked says whether a credential of subject issued at issuedAt is refused,
 // and by which revocation. An undone revocation does not revive credentials
-// issued before its undoing.
+// issued before its undoing; with clocks that differ that means one minute
+// (identity.Leeway) after it.
 func (v *View) Revoked(subject string, issuedAt time.Time) (*Revocation, bool) {
 	s, ok := v.bySubject[subject]
 	if !ok {
@@ -119,8 +121,9 @@ func (v *View) Revoked(subject string, issuedAt time.Time) (*Revocation, bool) {
 	if s.revoked != nil {
 		return s.revoked, true
 	}
-	// iat has whole seconds: one from the second of the undoing is refused too.
-	if issuedAt.Unix() <= s.notBefore.Unix() {
+	// An issuer's clock may be ahead by as much as is tolerated, and iat has
+	// whole seconds.
+	if issuedAt.Unix() <= s.notBefore.Add(identity.Leeway).Unix() {
 		return nil, true
 	}
 	return nil, false
@@ -189,12 +192,17 @@ func (p *Projection) Fold(events []event.Event) error {
 	}
 	p.view.Store(&v)
 	p.mu.Lock()
-	listeners, changed := p.mu.listeners, p.mu.changed
-	p.mu.changed = make(chan struct{})
+	listeners := p.mu.listeners
 	p.mu.Unlock()
 	for _, l := range listeners {
 		l(old, &v, events)
 	}
+	// Whoever waits is woken when the listeners have acted, so that it can wait
+	// for what they do as well as for the view.
+	p.mu.Lock()
+	changed := p.mu.changed
+	p.mu.changed = make(chan struct{})
+	p.mu.Unlock()
 	close(changed)
 	return nil
 }

@@ -79,7 +79,9 @@ type ApprovalAsked struct {
 	Session  string            `json:"session"`
 	Node     string            `json:"node"`
 	Subject  string            `json:"subject"`
-	Persons  []string          `json:"persons"` // people named in the requester's claims
+	Issuer   string            `json:"issuer,omitempty"` // of the requester's token
+	Name     string            `json:"name,omitempty"`   // its sub
+	Persons  []string          `json:"persons"`          // people named in the requester's claims
 	Claims   map[string]any    `json:"claims"`
 	Target   string            `json:"target"`
 	Database string            `json:"database"`
