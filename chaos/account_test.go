@@ -117,7 +117,8 @@ func (s *suite) noWayIn(t testing.TB, role, when string) {
 		conn, err := pgx.Connect(t.Context(), s.PG.DSNFor(role, password, "bench"))
 		if err == nil {
 			conn.Close(t.Context())
-			t.Fatalf("%s: a direct login with the session's role succeeds", when)
+			t.Errorf("%s: a direct login with the session's role succeeds", when)
+			continue
 		}
 		refused(t, err, "28")
 	}
