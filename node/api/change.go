@@ -412,26 +412,39 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 	return &Committed{ev.Seq, ev.Index, ev.Time}, nil
 }
 
-// Limits on requests that wait: each is an event of up to 128 KiB that every
-// node keeps, and a list that a person must be able to read.
+// Limits on approval requests: each is an event of up to 128 KiB that every
+// node keeps for ever, and a line in a list that a person must be able to read.
 const (
 	maxPending        = 1000
 	maxPendingSubject = 20
+	askWindow         = 10 * time.Minute
+	maxAskedSubject   = 60 // in askWindow, whatever became of them
 )
 
 func (s *Server) roomToAsk(subject string) error {
-	all, own, now := 0, 0, s.Now()
+	all, own, recent, now := 0, 0, 0, s.Now()
 	for _, a := range s.State.View().Approvals {
-		if a.State(now) == "pending" {
+		pending := a.State(now) == "pending"
+		if pending {
 			all++
-			if a.Subject == subject {
+		}
+		if a.Subject == subject {
+			if pending {
 				own++
+			}
+			if now.Sub(a.Asked) < askWindow {
+				recent++
 			}
 		}
 	}
-	if own >= maxPendingSubject || all >= maxPending {
-		return &Failure{&Problem{Code: "conflict", Status: http.StatusTooManyRequests,
-			Error: fmt.Sprintf("%d requests of %s and %d in all wait for approval already: wait until some are decided", own, subject, all)}}
+	full := func(format string, args ...any) error {
+		return &Failure{&Problem{Code: "conflict", Status: http.StatusTooManyRequests, Error: fmt.Sprintf(format, args...)}}
+	}
+	switch {
+	case own >= maxPendingSubject || all >= maxPending:
+		return full("%d requests of %s and %d in all wait for approval already: wait until some are decided", own, subject, all)
+	case recent >= maxAskedSubject:
+		return full("%s has asked for approval %d times within %v: wait", subject, recent, askWindow)
 	}
 	return nil
 }
