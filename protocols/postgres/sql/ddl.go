@@ -72,8 +72,10 @@ func (a *analysis) definition(n ast.Node) bool {
 	case *ast.AlterTableStmt:
 		a.alterTable(n)
 	case *ast.RenameStmt:
+		a.st.Shifts = true
 		a.rename(n)
 	case *ast.AlterObjectSchemaStmt:
+		a.st.Shifts = true
 		a.verb("ALTER")
 		a.alterObject(n.ObjectType, n.Relation, n.Object)
 		a.pair(policy.PostgresAlterSchema, a.schema(n.NewSchema))

@@ -47,6 +47,12 @@ type Statement struct {
 	// Prepare, Execute and Deallocate name an SQL-level prepared statement;
 	// Inner is the text behind PREPARE.
 	Prepare, Execute, Deallocate, Inner string
+	// Cursor is the name that DECLARE, FETCH, MOVE or CLOSE names, "*" for CLOSE
+	// ALL. FETCH, MOVE and CLOSE take portals of the protocol by that name too.
+	Cursor string
+	// Shifts says that the statement renames an object or moves it to another
+	// schema: a name may mean another object after it.
+	Shifts bool
 	// Set and Value name a setting and what SET gives it, for tracked settings.
 	Set, Value string
 	// Transaction is begin, commit, rollback or "" .

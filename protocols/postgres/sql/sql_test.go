@@ -141,6 +141,7 @@ func describe(st *Statement) string {
 	}{{st.Reads, "reads"}, {st.ChangesCatalog, "changes"}, {st.CopyIn, "copy-in"}, {st.CopyOut, "copy-out"},
 		{st.Transaction != "", st.Transaction}, {st.Prepare != "", fmt.Sprintf("prepare=%s(%s)", st.Prepare, st.Inner)},
 		{st.Execute != "", "execute=" + st.Execute}, {st.Deallocate != "", "deallocate=" + st.Deallocate},
+		{st.Cursor != "", "cursor=" + st.Cursor}, {st.Shifts, "shifts"},
 		{st.Set != "", "set " + st.Set + "=" + st.Value}} {
 		if f.on {
 			fmt.Fprintf(&b, " [%s]", f.name)

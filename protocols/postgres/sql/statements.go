@@ -102,9 +102,13 @@ func (a *analysis) session(n ast.Node) bool {
 			a.st.Verb = "MOVE"
 		}
 		a.onDatabase(policy.PostgresFetch)
+		a.st.Cursor = n.PortalName
 	case *ast.ClosePortalStmt:
 		a.verb("CLOSE CURSOR")
 		a.onDatabase(policy.PostgresFetch)
+		if a.st.Cursor = n.PortalName; n.PortalName == "" {
+			a.st.Cursor = "*"
+		}
 	case *ast.DiscardStmt:
 		a.verb("DISCARD " + n.Target.String())
 		a.onDatabase(policy.PostgresDiscard)
@@ -173,6 +177,9 @@ func (a *analysis) wrapper(n ast.Node) bool {
 	case *ast.DeclareCursorStmt:
 		a.verb("DECLARE CURSOR")
 		a.onDatabase(policy.PostgresDeclareCursor)
+		if a.st.Verb == "DECLARE CURSOR" { // EXPLAIN DECLARE makes no cursor
+			a.st.Cursor = n.PortalName
+		}
 		a.statement(n.Query)
 	case *ast.CopyStmt:
 		a.copy(n)
