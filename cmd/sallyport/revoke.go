@@ -104,7 +104,7 @@ func revocationsCommand(f *clientFlags) *cobra.Command {
 			if f.json {
 				return printJSON(cmd.OutOrStdout(), r)
 			}
-			say(cmd.OutOrStdout(), "Undone. %s may log in again with a token issued from now on.", r.Subject)
+			say(cmd.OutOrStdout(), "Undone. %s may log in again with a token issued a minute from now or later: clocks may differ by that much, and no earlier token is revived.", r.Subject)
 			return nil
 		},
 	}

@@ -461,7 +461,9 @@ func (s *Server) Propose(ctx context.Context, in *Proposal) (*Committed, error) 
 			c, err = s.ProposeFor(ctx, s.Node, in)
 		default:
 			c = &Committed{}
-			err = s.exchange(ctx, http.MethodPost, leader, "/mesh/v1/propose", in, c)
+			lctx, done := s.whileLeads(ctx, leader)
+			err = s.exchange(lctx, http.MethodPost, leader, "/mesh/v1/propose", in, c)
+			done()
 		}
 		if err == nil {
 			return c, nil

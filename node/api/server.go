@@ -360,7 +360,9 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 				},
 				ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 			}
-			rp.ServeHTTP(w, r)
+			ctx, done := s.whileLeads(r.Context(), leader)
+			rp.ServeHTTP(w, r.WithContext(ctx))
+			done()
 			if !retry {
 				return
 			}
@@ -377,6 +379,29 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 			return
 		}
 	}
+}
+
+// whileLeads ends the context it returns when somebody else leads, so that
+// nobody waits for the answer of a leader that has died. What it may have done
+// all the same is found by the idempotency id when the call is tried again.
+func (s *Server) whileLeads(ctx context.Context, leader string) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { // ends with ctx
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				if now, _ := s.Store.Leader(); now != "" && now != leader {
+					cancel()
+					return
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return ctx, cancel
 }
 
 // awaitSeq waits, a little, until this node has folded the event that a call
