@@ -618,7 +618,7 @@ func (n *Node) status(ctx context.Context) api.NodeStatus {
 	sp := n.spool.Status()
 	s := api.NodeStatus{
 		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Version: n.version, Started: n.started, Now: time.Now(),
-		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.Applied,
+		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.AppliedLog,
 		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex,
 		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev,
 		Spool:   api.Spool{Open: sp.Open, BytesWaiting: sp.BytesWaiting, OldestUnsent: sp.OldestUnsent, Store: n.cfg.Recordings, LastError: sp.LastError},

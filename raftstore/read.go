@@ -193,7 +193,8 @@ type Status struct {
 	Term        uint64
 	LastIndex   uint64        // newest entry in the log
 	CommitIndex uint64        // as known here
-	Applied     uint64        // newest entry in the state; no-ops do not count
+	Applied     uint64        // newest entry in the state; Raft's own do not count
+	AppliedLog  uint64        // newest entry that Raft is done with here, its own included
 	Seq         uint64        // newest event
 	Chain       [32]byte      // at it
 	LastContact time.Duration // since the leader was heard; 0 on the leader, -1 for never
@@ -207,7 +208,7 @@ func (s *Store) Status() Status {
 	st := Status{
 		State: strings.ToLower(r.State().String()), Term: r.CurrentTerm(),
 		LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
-		Applied: h.Applied, Seq: h.Seq, Chain: h.Chain,
+		Applied: h.Applied, AppliedLog: r.AppliedIndex(), Seq: h.Seq, Chain: h.Chain,
 	}
 	if st.State != "leader" {
 		if t := r.LastContact(); t.IsZero() {

@@ -170,7 +170,6 @@ func orElse(s, other string) string {
 
 var (
 	flushFrame  = message(nil, 'H')
-	syncFrame   = message(nil, 'S')
 	goodbye     = message(nil, 'X')
 	poisonQuery = message(nil, 'Q', poisonText, "\x00")
 	// poisonParse names a statement, so that the unnamed one survives as it
