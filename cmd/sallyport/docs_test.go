@@ -166,7 +166,7 @@ func fieldComments(t *testing.T, file, typ string) map[string]string {
 // TestSettingsReference holds the settings that docs/postgresql.md lists
 // against the gateway's list.
 func TestSettingsReference(t *testing.T) {
-	var harmless []string
+	var harmless, planner []string
 	pinned := map[string][]string{}
 	for _, d := range parseFile(t, "protocols/postgres/sql/settings.go").Decls {
 		g, ok := d.(*ast.GenDecl)
@@ -177,6 +177,8 @@ func TestSettingsReference(t *testing.T) {
 		switch spec.Names[0].Name {
 		case "harmlessSettings":
 			harmless = strings.Fields(unquote(t, spec.Values[0].(*ast.CallExpr).Args[0]))
+		case "plannerSettings":
+			planner = strings.Fields(unquote(t, spec.Values[0].(*ast.CallExpr).Args[0]))
 		case "pinnedValues":
 			for _, e := range spec.Values[0].(*ast.CompositeLit).Elts {
 				kv := e.(*ast.KeyValueExpr)
@@ -187,7 +189,7 @@ func TestSettingsReference(t *testing.T) {
 			}
 		}
 	}
-	if len(harmless) < 20 || len(pinned) < 5 {
+	if len(harmless) < 20 || len(planner) < 20 || len(pinned) < 5 {
 		t.Fatalf("settings.go lists %d and %d settings: has it changed its form?", len(harmless), len(pinned))
 	}
 	slices.Sort(harmless)
@@ -199,6 +201,15 @@ func TestSettingsReference(t *testing.T) {
 		fmt.Fprintf(&free, "`%s` ", s)
 	}
 	comparePart(t, "docs/postgresql.md", "settings", strings.TrimSpace(free.String())+"\n")
+	slices.Sort(planner)
+	var steering bytes.Buffer
+	for _, s := range planner {
+		if ok, _ := sql.StartupParameterAllowed(s, "on"); ok {
+			t.Errorf("%s steers the planner and is allowed at start-up", s)
+		}
+		fmt.Fprintf(&steering, "`%s` ", s)
+	}
+	comparePart(t, "docs/postgresql.md", "planner", strings.TrimSpace(steering.String())+"\n")
 	var held bytes.Buffer
 	fmt.Fprint(&held, "| setting | value |\n|---|---|\n")
 	for _, k := range sortedKeys(pinned) {

@@ -2,8 +2,10 @@ package sql
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/multigres/multigres/go/common/parser/ast"
 
@@ -20,12 +22,22 @@ func Analyze(text string, sc *Scope) ([]Statement, *Problem) {
 	if problem := checkScope(sc); problem != nil {
 		return nil, problem
 	}
+	if len(text) > largeText {
+		large <- struct{}{}
+		defer func() { <-large }()
+	}
 	list, problem := parse(text)
 	if problem != nil {
 		return nil, problem
 	}
 	return analyze(list, sc, false)
 }
+
+// Texts of more than largeText bytes are analysed a few at a time in this
+// process: one of the longest takes most of a second and some 100 MB.
+const largeText = 64 << 10
+
+var large = make(chan struct{}, runtime.GOMAXPROCS(0))
 
 func checkScope(sc *Scope) *Problem {
 	if sc == nil || sc.Catalog == nil {
@@ -81,18 +93,28 @@ type analysis struct {
 	locking int  // inside a FROM list whose rows are locked
 	utility bool // not inside a query: type names are definitions
 
+	paired    map[pairKey]bool // what st.Pairs holds
+	named     map[pairKey]bool // the relations and functions of st.Pairs, without action
+	relations int              // how many of them are relations
+	functions int              // and functions
+
 	touched    []touch
-	unknown    []string // relations that the catalogue does not know
+	touchedAt  map[*Relation]int // index in touched
+	unknown    []string          // relations that the catalogue does not know
 	calls      []call
-	funcs      []nameUse // unqualified, built-in by name: judged at the end
-	ops        []nameUse
+	called     map[call]bool
+	objects    map[uint32]bool  // what st.Objects holds
+	funcs, ops map[nameUse]bool // unqualified names: judged at the end
+	funcNames  []nameUse        // the same in order
+	opNames    []nameUse
 	types      []uint32 // types outside pg_catalog that values may have
 	casts      []string // built-in types that are cast to
 	subqueries int
 	evaluates  bool // holds an operator, a function or a cast
 	cte        bool
-	creates    []*Relation // plain tables that it makes
-	created    []*Relation // others that it makes
+	creates    []*Relation        // plain tables that it makes
+	created    []*Relation        // others that it makes
+	falls      map[*Relation]bool // with DROP … CASCADE
 	alters     []ast.AlterTableType
 	columns    []*ast.TypeName // types of columns that it defines
 	temporary  bool
@@ -113,7 +135,9 @@ type call struct {
 type nameUse struct{ name string }
 
 func newAnalysis(sc *Scope, b *batch, st *Statement) *analysis {
-	return &analysis{sc: sc, cat: sc.Catalog, batch: b, st: st, handled: map[*ast.RangeVar]bool{}}
+	return &analysis{sc: sc, cat: sc.Catalog, batch: b, st: st, handled: map[*ast.RangeVar]bool{},
+		paired: map[pairKey]bool{}, named: map[pairKey]bool{}, touchedAt: map[*Relation]int{}, called: map[call]bool{},
+		objects: map[uint32]bool{}, funcs: map[nameUse]bool{}, ops: map[nameUse]bool{}}
 }
 
 func (a *analysis) run(tree ast.Stmt) {
@@ -136,11 +160,21 @@ func (a *analysis) run(tree ast.Stmt) {
 	}
 }
 
-// refuse sets the first problem.
+// refuse sets the first problem. Its reason may hold names of the statement;
+// what is longer than a person reads is cut.
 func (a *analysis) refuse(p *Problem) {
-	if a.problem == nil {
-		a.problem = p
+	const longest = 1000
+	if a.problem != nil {
+		return
 	}
+	if len(p.Reason) > longest {
+		cut := longest
+		for !utf8.RuneStart(p.Reason[cut]) {
+			cut--
+		}
+		p.Reason = p.Reason[:cut] + "…"
+	}
+	a.problem = p
 }
 
 // Resources.
@@ -161,12 +195,40 @@ func (a *analysis) function(n qualified) policy.Resource {
 	return policy.Resource{Type: policy.Function, Path: []string{a.sc.Target, a.sc.Database, n.schema, n.name}}
 }
 
+// pairKey is a pair of one statement: target and database are the same for all.
+type pairKey struct {
+	action       policy.Action
+	kind         policy.ResourceType
+	schema, name string
+}
+
 func (a *analysis) pair(action policy.Action, r policy.Resource) {
-	for _, p := range a.st.Pairs {
-		if p.Action == action && p.Resource.Type == r.Type && slices.Equal(p.Resource.Path, r.Path) {
+	key := pairKey{action: action, kind: r.Type}
+	if len(r.Path) > 2 {
+		key.schema = r.Path[2]
+	}
+	if len(r.Path) > 3 {
+		key.name = r.Path[3]
+	}
+	if a.paired[key] {
+		return
+	}
+	resource := key
+	resource.action = ""
+	if !a.named[resource] {
+		switch r.Type {
+		case policy.Table:
+			a.relations++
+		case policy.Function:
+			a.functions++
+		}
+		if a.relations > maxNamed || a.functions > maxNamed {
+			a.refuse(tooMuch("54001", "the statement names more than %d tables or functions; split it", maxNamed))
 			return
 		}
+		a.named[resource] = true
 	}
+	a.paired[key] = true
 	a.st.Pairs = append(a.st.Pairs, policy.Pair{Action: action, Resource: r})
 }
 
@@ -281,12 +343,11 @@ func (a *analysis) use(action policy.Action, catalog, schema, name string, write
 }
 
 func (a *analysis) touch(rel *Relation, write bool) {
-	for i := range a.touched {
-		if a.touched[i].rel == rel {
-			a.touched[i].write = a.touched[i].write || write
-			return
-		}
+	if i, ok := a.touchedAt[rel]; ok {
+		a.touched[i].write = a.touched[i].write || write
+		return
 	}
+	a.touchedAt[rel] = len(a.touched)
 	a.touched = append(a.touched, touch{rel, write})
 }
 
@@ -435,7 +496,8 @@ func (a *analysis) onSchemaOf(action policy.Action, parts []string) {
 }
 
 func (a *analysis) object(oid uint32) {
-	if oid != 0 && !slices.Contains(a.st.Objects, oid) {
+	if oid != 0 && !a.objects[oid] {
+		a.objects[oid] = true
 		a.st.Objects = append(a.st.Objects, oid)
 	}
 }
@@ -444,7 +506,10 @@ func (a *analysis) object(oid uint32) {
 
 func (a *analysis) call(n qualified) {
 	a.pair(policy.PostgresCall, a.function(n))
-	a.calls = append(a.calls, call{joinName(n.schema, n.name), blindCalls[n.name] && n.schema == "pg_catalog"})
+	if c := (call{joinName(n.schema, n.name), blindCalls[n.name] && n.schema == "pg_catalog"}); !a.called[c] {
+		a.called[c] = true
+		a.calls = append(a.calls, c)
+	}
 }
 
 // useFunction judges a call by name.
@@ -471,7 +536,10 @@ func (a *analysis) useFunction(parts []string) {
 			a.call(qualified{schema, name})
 		}
 	default:
-		a.funcs = append(a.funcs, nameUse{name})
+		if !a.funcs[nameUse{name}] {
+			a.funcs[nameUse{name}] = true
+			a.funcNames = append(a.funcNames, nameUse{name})
+		}
 	}
 }
 
@@ -489,8 +557,9 @@ func (a *analysis) useOperator(parts []string) {
 	case schema != "":
 		a.call(qualified{schema, name})
 	default:
-		if !slices.Contains(a.ops, nameUse{name}) {
-			a.ops = append(a.ops, nameUse{name})
+		if !a.ops[nameUse{name}] {
+			a.ops[nameUse{name}] = true
+			a.opNames = append(a.opNames, nameUse{name})
 		}
 	}
 }
@@ -578,29 +647,25 @@ func (a *analysis) quietType(t *ast.TypeName) bool {
 // judgeCalls finds, once all types are known that values of the statement may
 // have, which built-in names other definitions can stand in for.
 func (a *analysis) judgeCalls() {
-	if len(a.funcs) == 0 && len(a.ops) == 0 && len(a.casts) == 0 && !a.evaluates {
+	if len(a.funcNames) == 0 && len(a.opNames) == 0 && len(a.casts) == 0 && !a.evaluates {
 		return
 	}
 	path := a.path()
 	reach := a.reachableTypes()
-	seen := map[nameUse]bool{}
-	for _, f := range a.funcs {
-		if seen[f] {
-			continue
-		}
-		seen[f] = true
+	for _, f := range a.funcNames {
 		pure := pureFunctions[f.name] || volatileButHarmless[f.name] != ""
 		if f.name == "set_config" {
 			a.refuse(pinned("set_config", ""))
 		}
-		before := len(a.calls)
+		found := false
 		for _, r := range a.cat.functions[f.name] {
 			if slices.Contains(path, r.Schema) && (!pure || reachable(r, reach)) {
 				a.call(qualified{r.Schema, f.name})
 				a.object(r.OID)
+				found = true
 			}
 		}
-		if !pure && (len(a.calls) == before || a.cat.builtin[f.name]) {
+		if !pure && (!found || a.cat.builtin[f.name]) {
 			schema := ""
 			if a.cat.builtin[f.name] {
 				schema = "pg_catalog"
@@ -608,15 +673,16 @@ func (a *analysis) judgeCalls() {
 			a.call(qualified{schema, f.name})
 		}
 	}
-	for _, o := range a.ops {
-		before := len(a.calls)
+	for _, o := range a.opNames {
+		found := false
 		for _, r := range a.cat.operators[o.name] {
 			if slices.Contains(path, r.Schema) && (!pureOperators[o.name] || reachable(r, reach)) {
 				a.call(qualified{r.Schema, o.name})
 				a.object(r.OID)
+				found = true
 			}
 		}
-		if len(a.calls) == before && !pureOperators[o.name] {
+		if !found && !pureOperators[o.name] {
 			a.call(qualified{"", o.name})
 		}
 	}
@@ -842,6 +908,10 @@ func (a *analysis) query(n ast.Node, with *ast.WithClause, body func()) {
 	a.utility = false
 	if with != nil {
 		a.cte = true
+		if len(a.ctes)+len(items(with.Ctes)) > maxNamed {
+			a.refuse(tooMuch("54001", "the statement holds more than %d WITH queries; split it", maxNamed))
+			return
+		}
 		if with.Recursive {
 			for _, item := range with.Ctes.Items {
 				if cte, ok := item.(*ast.CommonTableExpr); ok {

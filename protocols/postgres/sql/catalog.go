@@ -27,6 +27,9 @@ type Catalog struct {
 	types     map[qualified]*typeRow
 	typeOIDs  map[uint32]*typeRow
 	casts     []castRow // not built in
+	// users are the relations with a column of the type, of an array of it or of
+	// a domain over it, for types outside pg_catalog.
+	users map[uint32][]*Relation
 
 	// missing are declared sensitive columns of tables that do not exist.
 	missing []policy.Resource
@@ -57,6 +60,7 @@ type Relation struct {
 	Rules       bool // rewrite rules other than a view's own
 	RowSecurity bool
 
+	byName     map[string]int // index in Columns, for tables of many columns
 	rowType    uint32
 	definition string   // of a view
 	exprs      []string // defaults, checks and index expressions: what a write evaluates
@@ -64,6 +68,7 @@ type Relation struct {
 	parents    []*Relation
 	children   []*Relation
 	bases      []*Relation // what a view depends on, directly
+	views      []*Relation // the reverse: views that read it, directly
 	keys       []*foreignKey
 	generated  []generatedRow
 	sensitive  map[int16][]policy.Resource // declared for this column or for one of its family
@@ -170,6 +175,7 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 		tempNames: map[string]bool{}, schemas: make(map[string]bool, len(r.Schemas)),
 		functions: make(map[string][]routine), operators: make(map[string][]routine), builtin: make(map[string]bool, len(r.Builtin)),
 		types: make(map[qualified]*typeRow, len(r.Types)), typeOIDs: make(map[uint32]*typeRow, len(r.Types)), casts: r.Casts,
+		users: map[uint32][]*Relation{},
 	}
 	c.mu.reads, c.mu.writes, c.mu.parsed = map[uint32]string{}, map[uint32]string{}, map[string]finding{}
 	for _, s := range r.Schemas {
@@ -190,6 +196,14 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 			rel.Columns = append(rel.Columns, col.Column)
 		}
 	}
+	for _, rel := range c.relations {
+		if len(rel.Columns) > 32 {
+			rel.byName = make(map[string]int, len(rel.Columns))
+			for i := range rel.Columns {
+				rel.byName[rel.Columns[i].Name] = i
+			}
+		}
+	}
 	for _, p := range r.Inherits {
 		child, parent := c.relations[p[0]], c.relations[p[1]]
 		if child != nil && parent != nil {
@@ -201,6 +215,7 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 		view, base := c.relations[p[0]], c.relations[p[1]]
 		if view != nil && base != nil {
 			view.bases = append(view.bases, base)
+			base.views = append(base.views, view)
 		}
 	}
 	for _, e := range r.Exprs {
@@ -238,6 +253,21 @@ func build(r *rows, sensitive []policy.Resource) (*Catalog, error) {
 	for i := range r.Types {
 		t := &r.Types[i]
 		c.types[qualified{t.Schema, t.Name}], c.typeOIDs[t.OID] = t, t
+	}
+	for _, col := range r.Columns {
+		rel := c.relations[col.Table]
+		at := col.Type
+		for range 100 {
+			if rel == nil || at < firstUserOID {
+				break
+			}
+			c.users[at] = append(c.users[at], rel)
+			t := c.typeOIDs[at]
+			if t == nil {
+				break
+			}
+			at = max(t.Base, t.Elem)
+		}
 	}
 	if err := c.declare(sensitive); err != nil {
 		return nil, err
@@ -325,6 +355,12 @@ func (c *Catalog) spread(rel *Relation, name string, r policy.Resource, seen map
 }
 
 func (r *Relation) column(name string) *Column {
+	if r.byName != nil {
+		if i, ok := r.byName[name]; ok {
+			return &r.Columns[i]
+		}
+		return nil
+	}
 	for i := range r.Columns {
 		if r.Columns[i].Name == name {
 			return &r.Columns[i]

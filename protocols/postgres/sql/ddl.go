@@ -306,8 +306,8 @@ func relationAction(t ast.ObjectType, table, view, index, sequence policy.Action
 	return "", false
 }
 
-// relationKindAction goes by what the relation is: ALTER TABLE is taken for
-// views, indexes and sequences too.
+// relationKindAction goes by what the relation is: the server takes ALTER TABLE
+// for views, indexes and sequences too, and theirs for tables.
 func relationKindAction(rel *Relation, action policy.Action, view, index, sequence policy.Action) policy.Action {
 	if rel == nil {
 		return action
@@ -319,6 +319,8 @@ func relationKindAction(rel *Relation, action policy.Action, view, index, sequen
 		return index
 	case 'S':
 		return sequence
+	case 'r', 'p', 'f':
+		return policy.PostgresAlterTable // ALTER INDEX t RENAME is taken for a table
 	}
 	return action
 }
@@ -334,6 +336,9 @@ func (a *analysis) alterRelation(t ast.ObjectType, rv *ast.RangeVar) {
 	}
 	_, rel := a.resolve(rv.CatalogName, rv.SchemaName, rv.RelName)
 	a.on(relationKindAction(rel, action, policy.PostgresAlterView, policy.PostgresAlterIndex, policy.PostgresAlterSequence), rv)
+	if rel == nil {
+		a.alsoOn(policy.PostgresAlterTable, rv)
+	}
 }
 
 func (a *analysis) alterTable(n *ast.AlterTableStmt) {
@@ -454,6 +459,12 @@ func (a *analysis) drop(n *ast.DropStmt) {
 			before := len(a.unknown)
 			if rel := a.onParts(action, namesOf(o)); rel != nil {
 				schema, name = rel.Schema, rel.Name
+				if n.Behavior == ast.DropCascade {
+					a.cascade(rel)
+				}
+			}
+			if n.Behavior == ast.DropCascade && n.RemoveType == ast.OBJECT_SEQUENCE {
+				a.onDatabase(policy.PostgresAlterTable) // defaults that call it
 			}
 			a.unknown = a.unknown[:before] // dropping what is not there says so
 			a.later(func() { delete(a.batch.created, qualified{schema, name}) })
@@ -473,6 +484,12 @@ func (a *analysis) drop(n *ast.DropStmt) {
 		}
 		a.onParts(action, parts[:len(parts)-1])
 		return
+	}
+	if n.Behavior == ast.DropCascade {
+		// Tables and columns of a type, and all that is in a schema or belongs to
+		// an extension or a server, fall with it.
+		a.onDatabase(policy.PostgresDropTable)
+		a.onDatabase(policy.PostgresAlterTable)
 	}
 	for _, o := range items(n.Objects) {
 		parts := namesOf(o)
@@ -496,6 +513,43 @@ func (a *analysis) drop(n *ast.DropStmt) {
 	}
 	if len(items(n.Objects)) == 0 {
 		a.onDatabase(policy.PostgresDropOther)
+	}
+}
+
+// cascade names what falls with a relation: tables that inherit from it, views
+// of it, keys that refer to it and columns of its row type.
+func (a *analysis) cascade(rel *Relation) {
+	if a.falls == nil {
+		a.falls = map[*Relation]bool{}
+	}
+	queue := []*Relation{rel}
+	for len(queue) > 0 {
+		r := queue[0]
+		queue = queue[1:]
+		if a.falls[r] {
+			continue
+		}
+		a.falls[r] = true
+		if r != rel {
+			action := policy.PostgresDropTable
+			if r.Kind == 'v' || r.Kind == 'm' {
+				action = policy.PostgresDropView
+			}
+			a.pair(action, a.table(a.canonical(r)))
+			a.touch(r, true)
+		}
+		queue = append(queue, r.children...)
+		queue = append(queue, r.views...)
+		for _, k := range r.keys {
+			if k.to == r && k.from != r {
+				a.pair(policy.PostgresAlterTable, a.table(a.canonical(k.from)))
+				a.object(k.from.OID)
+			}
+		}
+		for _, user := range a.cat.users[r.rowType] {
+			a.pair(policy.PostgresAlterTable, a.table(a.canonical(user)))
+			a.object(user.OID)
+		}
 	}
 }
 

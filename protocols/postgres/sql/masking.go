@@ -202,8 +202,18 @@ type fromItem struct {
 type selection struct {
 	a     *analysis
 	from  []fromItem
-	using bool
-	names []string // of the output columns, beside Output
+	using map[string]int // names of USING: how much of from is judged for it
+	names []string       // of the output columns, beside Output
+	items map[string]*fromItem
+	found map[string]reference // of unqualified names
+	keys  int
+}
+
+// reference is what an unqualified name in a selection refers to.
+type reference struct {
+	rel    *Relation
+	col    *Column
+	tables int // how many have such a column
 }
 
 // plainSelect judges a statement that touches a table with masked columns, and
@@ -243,17 +253,25 @@ func (a *analysis) plainSelect(tree ast.Stmt) {
 	if a.problem != nil {
 		return
 	}
-	s := &selection{a: a}
+	s := &selection{a: a, using: map[string]int{}, items: map[string]*fromItem{}, found: map[string]reference{}}
 	for _, item := range items(n.FromClause) {
 		s.addFrom(item)
 	}
+	if a.problem != nil {
+		return
+	}
+	judged := map[string]bool{}
 	for _, f := range s.from {
 		if f.rel == nil {
 			return
 		}
 		for num := range f.rel.sensitive {
 			for _, col := range f.rel.Columns {
-				if col.Num == num && isKeyword(col.Name) && !accounts(&parsed{tokens: a.tokens, tree: tree}, col.Name) {
+				if col.Num != num || judged[col.Name] {
+					continue
+				}
+				judged[col.Name] = true
+				if isKeyword(col.Name) && !accounts(&parsed{tokens: a.tokens, tree: tree}, col.Name) {
 					a.refuse(masking("the word %s stands in the statement where this gateway does not expect a column", col.Name))
 				}
 			}
@@ -285,6 +303,13 @@ func (a *analysis) plainSelect(tree ast.Stmt) {
 
 func (s *selection) addFrom(n ast.Node) {
 	a := s.a
+	if a.problem != nil {
+		return
+	}
+	if len(s.from) >= maxFrom {
+		a.refuse(tooMuch("54001", "the statement reads more than %d tables beside masked columns", maxFrom))
+		return
+	}
 	switch n := n.(type) {
 	case *ast.RangeVar:
 		_, rel := a.resolve(n.CatalogName, n.SchemaName, n.RelName)
@@ -316,13 +341,18 @@ func (s *selection) addFrom(n ast.Node) {
 			a.refuse(masking("a join with a name of its own, beside masked columns, is refused; leave the name out"))
 		}
 		for _, c := range items(n.UsingClause) {
-			s.using = true
 			name, _ := c.(*ast.String)
 			if name == nil {
 				a.refuse(masking("USING holds something that this gateway does not know"))
 				return
 			}
-			for _, f := range s.from {
+			if _, ok := s.using[name.SVal]; !ok && len(s.using) >= maxOutput {
+				a.refuse(tooMuch("54011", "the joins are over more than %d columns", maxOutput))
+				return
+			}
+			rest := s.from[s.using[name.SVal]:]
+			s.using[name.SVal] = len(s.from)
+			for _, f := range rest {
 				if f.rel == nil {
 					return
 				}
@@ -361,8 +391,7 @@ func (s *selection) target(n ast.Node) {
 	ref, ok := unwrap(t.Val).(*ast.ColumnRef)
 	if !ok {
 		s.sweep(t.Val)
-		a.st.Output = append(a.st.Output, Output{})
-		s.names = append(s.names, t.Name)
+		s.output(Output{}, t.Name)
 		return
 	}
 	last := len(items(ref.Fields)) - 1
@@ -387,7 +416,16 @@ func (s *selection) target(n ast.Node) {
 	if t.Name != "" {
 		name = t.Name
 	}
-	a.st.Output = append(a.st.Output, out)
+	s.output(out, name)
+}
+
+// output adds a result column.
+func (s *selection) output(o Output, name string) {
+	if len(s.names) >= maxOutput {
+		s.a.refuse(tooMuch("54011", "the select list has more than %d columns, which is the server's limit", maxOutput))
+		return
+	}
+	s.a.st.Output = append(s.a.st.Output, o)
 	s.names = append(s.names, name)
 }
 
@@ -396,7 +434,7 @@ func (s *selection) star(qualifier []ast.Node) {
 	a := s.a
 	list := s.from
 	if len(qualifier) == 0 {
-		if s.using {
+		if len(s.using) > 0 {
 			a.refuse(masking("* over a join with USING is refused beside masked columns; name the columns, or write ON"))
 			return
 		}
@@ -411,14 +449,28 @@ func (s *selection) star(qualifier []ast.Node) {
 	}
 	for _, f := range list {
 		for _, col := range f.rel.Columns {
-			a.st.Output = append(a.st.Output, Output{Table: f.rel.OID, Column: col.Num, Masked: a.sc.masked(f.rel, col.Num)})
-			s.names = append(s.names, col.Name)
+			if s.output(Output{Table: f.rel.OID, Column: col.Num, Masked: a.sc.masked(f.rel, col.Num)}, col.Name); a.problem != nil {
+				return
+			}
 		}
 	}
 }
 
 // item finds the table that a qualifier names, or nil.
 func (s *selection) item(parts []string) *fromItem {
+	if len(parts) > 3 {
+		return nil
+	}
+	key := strings.Join(parts, "\x00") // a name holds none
+	found, ok := s.items[key]
+	if !ok {
+		found = s.itemNow(parts)
+		s.items[key] = found
+	}
+	return found
+}
+
+func (s *selection) itemNow(parts []string) *fromItem {
 	var found *fromItem
 	for i := range s.from {
 		f := &s.from[i]
@@ -469,6 +521,9 @@ func (s *selection) column(ref *ast.ColumnRef) (rel *Relation, col *Column, merg
 		}
 		return item.rel, col, false
 	}
+	if r, ok := s.found[name]; ok {
+		return r.rel, r.col, r.tables > 1
+	}
 	found := 0
 	for _, f := range s.from {
 		if f.rel == nil {
@@ -492,6 +547,7 @@ func (s *selection) column(ref *ast.ColumnRef) (rel *Relation, col *Column, merg
 	if found > 1 && col != nil && a.sc.masked(rel, col.Num) {
 		a.refuse(masking("column %s is in several tables and masked in one of them; write it with the table's name", name))
 	}
+	s.found[name] = reference{rel, col, found}
 	return rel, col, found > 1
 }
 
@@ -502,7 +558,22 @@ func (s *selection) sortKey(n ast.Node, clause string) {
 	if a.problem != nil {
 		return
 	}
+	if s.keys++; s.keys > maxOutput {
+		a.refuse(tooMuch("54011", "ORDER BY and GROUP BY have more than %d keys", maxOutput))
+		return
+	}
 	switch n := unwrap(n).(type) {
+	case *ast.RowExpr:
+		// GROUP BY (a, b) is GROUP BY a, b: a number inside is a position.
+		eachChild(n, func(c ast.Node) {
+			if list, ok := c.(*ast.NodeList); ok {
+				for _, item := range list.Items {
+					s.sortKey(item, clause)
+				}
+				return
+			}
+			s.sortKey(c, clause)
+		})
 	case *ast.GroupingSet:
 		a.refuse(masking("grouping sets over a table with masked columns are refused; use plain GROUP BY"))
 	case *ast.A_Const:

@@ -25,6 +25,48 @@ func unsupported(format string, args ...any) *Problem {
 	return &Problem{Rule: "unsupported", Reason: fmt.Sprintf(format, args...), Code: "0A000"}
 }
 
+// tooMuch is for statements beyond a limit of the analysis.
+func tooMuch(code, format string, args ...any) *Problem {
+	return &Problem{Rule: "limits", Reason: fmt.Sprintf(format, args...), Code: code}
+}
+
+// errorWords are words without which the grammar cannot meet a mistake that it
+// reports and reads on after.
+var errorWords = words("is isnull notnull unique encoding set rows range groups limit value assertion")
+
+// tooLong bounds what the text costs before the grammar sees it. The grammar
+// reads the text from its beginning at each mistake that it finds, so that the
+// words that can be mistaken times the length are bounded too.
+func tooLong(text string, tokens []token) *Problem {
+	if len(tokens) > maxTokens {
+		return tooMuch("54001", "the query string has more than %d words and signs; split it", maxTokens)
+	}
+	names, mistakes := 0, 0
+	role := false // CREATE ROLE: any word may be an option, and a mistaken one
+	for i, t := range tokens {
+		if t.kind != tokenWord && t.kind != tokenName {
+			continue
+		}
+		switch t.value {
+		case "null", "true", "false", "default":
+			continue // what rows of values are made of
+		case "role", "user", "group":
+			role = role || i > 0 && (tokens[i-1].value == "create" || tokens[i-1].value == "alter")
+		}
+		names++
+		if role || errorWords[t.value] {
+			mistakes++
+		}
+	}
+	if names > maxNames {
+		return tooMuch("54001", "the query string has more than %d names and keywords; split it", maxNames)
+	}
+	if mistakes*len(text) > maxMistakes {
+		return tooMuch("54001", "the query string is too long for a statement of this kind; split it")
+	}
+	return nil
+}
+
 // parse reads a query string. Three things must agree before a tree is
 // trusted: this package's scanner and the grammar's cut the same tokens; the
 // grammar finds as many statements as there are spans between semicolons; and
@@ -45,6 +87,9 @@ func parse(text string) (out []parsed, problem *Problem) {
 	}
 	if len(tokens) == 0 {
 		return nil, nil
+	}
+	if problem := tooLong(text, tokens); problem != nil {
+		return nil, problem
 	}
 	spans := split(text, tokens)
 	if len(spans) == 0 {
@@ -83,7 +128,7 @@ func compareTokens(text string, tokens []token) *Problem {
 	lexer := parser.NewLexer(text)
 	for _, want := range tokens {
 		got := lexer.NextToken()
-		same := got.Type != parser.EOF && got.Type != parser.INVALID && got.Position == want.start
+		same := got.Type != parser.EOF && got.Type != parser.INVALID && got.Position == want.start && !lexer.HasErrors()
 		if same {
 			switch want.kind {
 			case tokenWord:
@@ -139,7 +184,7 @@ func inspect(p *parsed) *Problem {
 		return i.problem
 	}
 	for _, t := range p.tokens {
-		if (t.kind == tokenWord || t.kind == tokenName) && i.names[t.value] > 0 && !i.composed(t.value) {
+		if (t.kind == tokenWord || t.kind == tokenName) && i.names[t.value] > 0 && !i.parts[t.value] { // a setting's name has its dots inside
 			return unsupported("the grammar of this gateway does not account for %q in the statement; write it more plainly", t.value)
 		}
 	}
@@ -172,7 +217,7 @@ func isKeyword(name string) bool { return parser.IsKeyword(name) }
 
 type inspector struct {
 	names   map[string]int
-	dotted  []string
+	parts   map[string]bool // of texts with dots in them
 	depth   int
 	problem *Problem
 }
@@ -224,20 +269,13 @@ func (i *inspector) text(s string) {
 	if n, ok := i.names[s]; ok && n > 0 {
 		i.names[s] = n - 1
 	} else if strings.IndexByte(s, '.') >= 0 {
-		i.dotted = append(i.dotted, s)
-	}
-}
-
-// composed says whether name is a part of a dotted text, such as a setting's.
-func (i *inspector) composed(name string) bool {
-	for _, d := range i.dotted {
-		for part := range strings.SplitSeq(d, ".") {
-			if part == name {
-				return true
-			}
+		if i.parts == nil {
+			i.parts = map[string]bool{}
+		}
+		for part := range strings.SplitSeq(s, ".") {
+			i.parts[part] = true
 		}
 	}
-	return false
 }
 
 func nodeName(n ast.Node) string {

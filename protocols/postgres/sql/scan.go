@@ -28,6 +28,20 @@ const (
 	// maxDollarWork bounds dollar-quoted strings times the length of the text:
 	// the grammar's scanner copies the rest of the text at each of them.
 	maxDollarWork = 128 << 20
+	// maxTokens, maxNames and maxMistakes keep an analysis below about a second
+	// and 200 MB: they are what a megabyte of rows in an INSERT needs. maxNames
+	// counts identifiers and keywords; maxMistakes is a number of words times
+	// the bytes of the text.
+	maxTokens   = 400_000
+	maxNames    = 100_000
+	maxMistakes = 1 << 30
+	// maxNamed is how many different tables, and functions, a statement may
+	// name: each is asked of the policy. It bounds WITH queries as well.
+	maxNamed = 2000
+	// maxOutput is the server's own limit of result columns, and maxFrom our
+	// limit of tables beside masked columns.
+	maxOutput = 1664
+	maxFrom   = 1000
 )
 
 type tokenKind uint8

@@ -16,18 +16,9 @@ var harmlessSettings = words(`
 	application_name datestyle timezone intervalstyle extra_float_digits bytea_output xmlbinary lc_monetary lc_numeric lc_time
 	statement_timeout lock_timeout idle_in_transaction_session_timeout idle_session_timeout transaction_timeout
 	client_connection_check_interval tcp_keepalives_idle tcp_keepalives_interval tcp_keepalives_count tcp_user_timeout
-	work_mem maintenance_work_mem logical_decoding_work_mem hash_mem_multiplier temp_buffers temp_file_limit
-	enable_async_append enable_bitmapscan enable_gathermerge enable_hashagg enable_hashjoin enable_incremental_sort
-	enable_indexonlyscan enable_indexscan enable_material enable_memoize enable_mergejoin enable_nestloop enable_parallel_append
-	enable_parallel_hash enable_partition_pruning enable_partitionwise_aggregate enable_partitionwise_join enable_seqscan
-	enable_sort enable_tidscan enable_group_by_reordering enable_presorted_aggregate
-	seq_page_cost random_page_cost cpu_tuple_cost cpu_index_tuple_cost cpu_operator_cost parallel_setup_cost parallel_tuple_cost
-	effective_cache_size effective_io_concurrency maintenance_io_concurrency min_parallel_table_scan_size
-	min_parallel_index_scan_size max_parallel_workers max_parallel_workers_per_gather max_parallel_maintenance_workers
-	parallel_leader_participation jit jit_above_cost jit_inline_above_cost jit_optimize_above_cost
-	from_collapse_limit join_collapse_limit geqo geqo_threshold geqo_effort geqo_pool_size geqo_generations
-	geqo_selection_bias geqo_seed constraint_exclusion cursor_tuple_fraction plan_cache_mode default_statistics_target
-	recursive_worktable_factor gin_fuzzy_search_limit gin_pending_list_limit
+	maintenance_work_mem logical_decoding_work_mem temp_buffers temp_file_limit
+	maintenance_io_concurrency max_parallel_maintenance_workers jit jit_above_cost jit_inline_above_cost jit_optimize_above_cost
+	gin_pending_list_limit
 	default_transaction_isolation default_transaction_read_only default_transaction_deferrable
 	transaction_isolation transaction_read_only transaction_deferrable
 	synchronous_commit commit_delay commit_siblings deadlock_timeout
@@ -36,6 +27,22 @@ var harmlessSettings = words(`
 	vacuum_freeze_min_age vacuum_freeze_table_age vacuum_multixact_freeze_min_age vacuum_multixact_freeze_table_age
 	escape_string_warning check_function_bodies password_encryption gss_accept_delegation
 	client_min_messages idle_in_transaction_timeout
+`)
+
+// plannerSettings steer the planner. SET may give them any value while no column
+// is masked for the session: where one is, rows in the order of an index on it
+// would tell its values. They are not taken at start-up, before that is known.
+var plannerSettings = words(`
+	enable_async_append enable_bitmapscan enable_gathermerge enable_hashagg enable_hashjoin enable_incremental_sort
+	enable_indexonlyscan enable_indexscan enable_material enable_memoize enable_mergejoin enable_nestloop enable_parallel_append
+	enable_parallel_hash enable_partition_pruning enable_partitionwise_aggregate enable_partitionwise_join enable_seqscan
+	enable_sort enable_tidscan enable_group_by_reordering enable_presorted_aggregate
+	seq_page_cost random_page_cost cpu_tuple_cost cpu_index_tuple_cost cpu_operator_cost parallel_setup_cost parallel_tuple_cost
+	effective_cache_size effective_io_concurrency min_parallel_table_scan_size min_parallel_index_scan_size
+	max_parallel_workers max_parallel_workers_per_gather parallel_leader_participation work_mem hash_mem_multiplier
+	from_collapse_limit join_collapse_limit geqo geqo_threshold geqo_effort geqo_pool_size geqo_generations
+	geqo_selection_bias geqo_seed constraint_exclusion cursor_tuple_fraction plan_cache_mode default_statistics_target
+	recursive_worktable_factor gin_fuzzy_search_limit
 `)
 
 // pinnedValues are settings that have one allowed value, besides search_path
@@ -84,6 +91,9 @@ func settingAllowed(sc *Scope, name, value string) (ok bool, pinned string) {
 	}
 	if sc == nil {
 		return false, ""
+	}
+	if plannerSettings[name] {
+		return !sc.Masking(), ""
 	}
 	switch name {
 	case "search_path":

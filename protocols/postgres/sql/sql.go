@@ -63,7 +63,7 @@ type Statement struct {
 
 // Problem is why a statement is refused before policy is asked.
 type Problem struct {
-	Rule   string // unparsable, masking, pinned-setting, unsupported
+	Rule   string // unparsable, masking, pinned-setting, unsupported, limits
 	Reason string // what, why, and what to do instead
 	Code   string // SQLSTATE
 }

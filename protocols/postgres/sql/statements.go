@@ -321,7 +321,7 @@ func (a *analysis) setting(n *ast.VariableSetStmt) {
 		a.onDatabase(policy.PostgresReset)
 		a.st.Set = name
 		switch {
-		case harmlessSettings[name]:
+		case harmlessSettings[name], plannerSettings[name]:
 		case name == "role", name == "session_authorization":
 			a.pair(policy.PostgresSetRole, a.database())
 			a.refuse(pinned(name, a.sc.Role))
@@ -371,7 +371,9 @@ func (a *analysis) setting(n *ast.VariableSetStmt) {
 			}
 		default:
 			a.onDatabase(policy.PostgresSet)
-			if allowed, want := settingAllowed(a.sc, name, a.st.Value); !ok || !allowed {
+			if plannerSettings[name] && a.batch.masking {
+				a.refuse(masking("%s steers the planner: the order of rows could tell the values of columns that are masked for you; leave it out", name))
+			} else if allowed, want := settingAllowed(a.sc, name, a.st.Value); !ok || !allowed {
 				a.refuse(pinned(name, want))
 			}
 		}
