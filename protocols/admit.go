@@ -42,7 +42,9 @@ type Operation struct {
 	// same Pairs. The codec drops it when Pairs might differ.
 	Memo *Memo
 	// Granted, when not nil, is the admission of the operation that this one
-	// carries on (Bind, for Execute): what was approved for it stays approved.
+	// carries on (Bind, for Execute): what was approved for it stays approved
+	// until the approval or the token expires. The codec gives it only where
+	// nothing that the approval was about can have changed since.
 	Granted *Admission
 	// State is the codec's own.
 	State any
@@ -72,7 +74,19 @@ type Admission struct {
 	Holds bool
 
 	ok       bool
-	approved []string // approval rules that were lifted for it
+	approved []string  // approval rules that were lifted for it
+	until    time.Time // and until when an operation that carries it on may rely on that; zero for no limit
+}
+
+// Approved says that the operation was held and approved.
+func (a *Admission) Approved() bool { return a != nil && len(a.approved) > 0 }
+
+// lifted are the rules that an operation which carries a on need not heed.
+func (a *Admission) lifted(now time.Time) []string {
+	if a == nil || (!a.until.IsZero() && !now.Before(a.until)) {
+		return nil
+	}
+	return a.approved
 }
 
 // Settled is what the target was doing when everything before an operation had
@@ -189,9 +203,7 @@ func (s *Session) Channel() *Channel {
 func (c *Channel) Admit(ctx context.Context, op *Operation) (Admission, error) {
 	c.seq++
 	adm := Admission{Op: c.seq, At: c.s.Env.Now()}
-	if op.Granted != nil {
-		adm.approved = op.Granted.approved
-	}
+	adm.approved = op.Granted.lifted(adm.At)
 	d, index, actions := c.decide(op, adm.At, adm.approved)
 
 	rec := c.s.access.Record
@@ -211,7 +223,8 @@ func (c *Channel) Admit(ctx context.Context, op *Operation) (Admission, error) {
 		adm.Holds = true
 	case d.Effect == policy.Hold && op.Late:
 		stats.Refused.Add(1)
-		return Admission{Op: adm.Op}, &Refusal{Rule: d.Rule, Reason: "the policy changed since this was bound, and asks for approval now: bind it again"}
+		return Admission{Op: adm.Op}, &Refusal{Rule: d.Rule, Reason: "this needs approval, and none that was given at Bind covers it any more " +
+			"(something else was sent in between, what it would do or the policy changed, or it came too late): bind it again"}
 	case d.Effect == policy.Hold && d.Obligations.Approval != nil:
 		stats.Held.Add(1)
 		if err := c.hold(ctx, op, &adm, d.Obligations.Approval, index); err != nil {
@@ -337,6 +350,10 @@ func (c *Channel) hold(ctx context.Context, op *Operation, adm *Admission, ap *p
 	digest := c.req.Digest(op)
 	asked := *ap
 	asked.Expires = limit
+	until := a.Subject.ExpiresAt
+	if end := c.s.Env.Now().Add(limit); limit > 0 && (until.IsZero() || end.Before(until)) {
+		until = end
+	}
 	ticket, err := c.s.Env.Ask(ctx, &Hold{Access: a, Approval: &asked, Digest: digest, Text: bytes.Clone(text), Detail: detail, Index: index})
 	if err != nil {
 		var r *Refusal
@@ -399,7 +416,7 @@ func (c *Channel) hold(ctx context.Context, op *Operation, adm *Admission, ap *p
 	if err := c.recordApproval(adm.Op, ticket, "used", "", ""); err != nil {
 		return err
 	}
-	adm.approved = ap.Rules
+	adm.approved, adm.until = ap.Rules, until
 	adm.At = c.s.Env.Now()
 	return nil
 }

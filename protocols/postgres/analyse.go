@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"crypto/sha256"
 	"slices"
 	"strings"
 	"time"
@@ -48,6 +49,10 @@ type analysis struct {
 	prepares bool // all parts are PREPARE: nothing runs
 	copyIn   bool
 	renames  bool // some part changes names of prepared statements
+	cursors  bool // some part names a cursor
+	sets     bool // some part is SET, of a setting that is tracked
+	plain    bool // one SELECT or the like: its result's shape is fixed at Parse
+	weight   int  // bytes that it takes, by estimate
 	memo     protocols.Memo
 }
 
@@ -72,8 +77,10 @@ func (s *statement) reads() bool     { return s.sealed }
 // portal is a bound statement.
 type portal struct {
 	stmt     *statement
-	an       *analysis // at Bind
-	admitted *protocols.Admission
+	an       *analysis            // at Bind
+	admitted *protocols.Admission // when approval was given for it
+	digest   [sha256.Size]byte    // of what was approved
+	values   []byte               // digest of its parameters, when digest is set
 
 	// The response goroutine's.
 	planned bool
@@ -178,13 +185,43 @@ func (q *requests) analyse(ctx context.Context, text []byte, params ...uint32) (
 		}
 		an = newAnalysis(string(text), q.world, q.world.scope)
 	}
-	if len(q.analyses) >= maxAnalyses || q.analysisBytes+len(text) > maxAnalysisBytes {
+	if an.weight > maxAnalysisBytes/4 {
+		return an, nil // one giant must not push out all others
+	}
+	if len(q.analyses) >= maxAnalyses || q.analysisBytes+an.weight > maxAnalysisBytes {
 		clear(q.analyses)
 		q.analysisBytes = 0
 	}
 	q.analyses[an.text] = an
-	q.analysisBytes += len(text)
+	q.analysisBytes += an.weight
 	return an, nil
+}
+
+// weigh estimates the bytes that an takes. Names within pairs are the
+// catalogue's own strings, or pieces of the text.
+func (an *analysis) weigh() int {
+	const (
+		base     = 512
+		perPart  = 512
+		perPair  = 2 * 160 // in the part and in the list of all, with a path of five strings
+		perOut   = 16
+		perOther = 8
+	)
+	n := base + len(an.text)
+	for i := range an.parts {
+		p := &an.parts[i]
+		n += perPart + len(p.Value) + perPair*len(p.Pairs) + perOut*len(p.Output) + perOther*len(p.Objects)
+	}
+	return n
+}
+
+// weight is the memory behind a prepared statement.
+func (s *statement) weight() int {
+	n := len(s.raw) + 16*(len(s.oids)+len(s.shape))
+	if s.an != nil {
+		n += s.an.weight
+	}
+	return n
 }
 
 // refreshed keeps statements with unknown names from loading the catalogue
@@ -215,9 +252,18 @@ func newAnalysis(text string, w *world, scope *sql.Scope) *analysis {
 		an.resolves = an.resolves || p.Execute != ""
 		an.prepares = an.prepares && p.Prepare != ""
 		an.copyIn = an.copyIn || p.CopyIn
+		an.cursors = an.cursors || p.Cursor != ""
+		an.sets = an.sets || p.Set != ""
 		an.renames = an.renames || p.Prepare != "" || p.Deallocate != "" || closesAll(p)
 	}
 	an.prepares = an.prepares && len(parts) > 0
+	if len(parts) == 1 {
+		switch parts[0].Verb {
+		case "SELECT", "INSERT", "UPDATE", "DELETE", "MERGE":
+			an.plain = true
+		}
+	}
+	an.weight = an.weigh()
 	return an
 }
 
@@ -228,6 +274,9 @@ func unsettledCatalog() *protocols.Refusal {
 // additive says that what a statement does to the catalogue leaves every name
 // that meant something with the same meaning.
 func additive(p *sql.Statement) bool {
+	if p.Shifts { // a rename, whatever the action is called
+		return false
+	}
 	for _, pair := range p.Pairs {
 		switch pair.Action {
 		case policy.PostgresCreateTable, policy.PostgresCreateIndex, policy.PostgresCreateSequence, policy.PostgresAlterTable, policy.PostgresAlterIndex,
@@ -265,7 +314,8 @@ func asRefusal(p *sql.Problem) *protocols.Refusal {
 	return &protocols.Refusal{Rule: p.Rule, Reason: p.Reason, Code: p.Code}
 }
 
-// closesAll recognises DEALLOCATE ALL and DISCARD.
+// closesAll recognises DEALLOCATE ALL and DISCARD ALL; other forms of DISCARD
+// leave prepared statements alone.
 func closesAll(p *sql.Statement) bool {
-	return strings.HasPrefix(p.Verb, "DISCARD") || p.Verb == "DEALLOCATE ALL"
+	return p.Verb == "DISCARD ALL" || p.Verb == "DEALLOCATE ALL"
 }

@@ -15,7 +15,7 @@ const (
 	// pipelining driver has in flight, many times over.
 	maxPending = 4096
 	// maxStatements and maxPortals bound the names a session keeps, and
-	// maxStatementBytes their text: a driver's cache holds hundreds.
+	// maxStatementBytes the memory behind them: a driver's cache holds hundreds.
 	maxStatements     = 10_000
 	maxPortals        = 1_000
 	maxStatementBytes = 32 << 20
@@ -52,14 +52,23 @@ type awaited struct {
 
 	stmtVersion   *version[statement]
 	portalVersion *version[portal]
-	sqlNames      []sqlName // stepQuery, stepExecute: what PREPARE and DEALLOCATE change
+	sqlNames      []sqlName // stepQuery, stepExecute: what PREPARE, DEALLOCATE, DECLARE and CLOSE change
 }
 
 // sqlName is a change of a name by the statement at of a string.
 type sqlName struct {
-	at  int
-	v   *version[statement]
-	all bool // DEALLOCATE ALL, DISCARD ALL
+	at      int
+	v       *version[statement]
+	all     bool // DEALLOCATE ALL, DISCARD ALL
+	cursor  *version[cursor]
+	cursors bool // CLOSE ALL
+}
+
+// cursor is what DECLARE made. For the target it is a portal like those of the
+// protocol, with a name from the same space.
+type cursor struct {
+	world *world // in which DECLARE was judged
+	holds bool   // it may outlive its transaction
 }
 
 // copying is where a COPY FROM STDIN stands.
@@ -87,15 +96,16 @@ type conversation struct {
 	status   byte // of the last ReadyForQuery: I, T or E
 	copy     copying
 	stmts    *names[statement]
-	portals  *names[portal]
+	portals  *names[portal]    // made by Bind
+	cursors  *names[cursor]    // made by DECLARE
 	settings map[string]string // as the target reports them
 	guard    bool              // some column is masked for this session
-	stmtText int               // bytes of text that stmts holds
+	held     int               // bytes that statements and portals take, at the most
 	leaving  bool              // something was answered, and the client was not sent it yet
 }
 
 func newConversation(a *protocols.Access) *conversation {
-	c := &conversation{a: a, status: 'I', stmts: newNames[statement](), portals: newNames[portal](), settings: map[string]string{}}
+	c := &conversation{a: a, status: 'I', stmts: newNames[statement](), portals: newNames[portal](), cursors: newNames[cursor](), settings: map[string]string{}}
 	c.cond.L = &c.mu
 	return c
 }
@@ -151,6 +161,9 @@ func (c *conversation) skip(w *awaited) {
 		if v := w.sqlNames[i].v; v != nil && !v.confirmed {
 			c.stmts.undo(v)
 		}
+		if v := w.sqlNames[i].cursor; v != nil && !v.confirmed {
+			c.cursors.undo(v)
+		}
 	}
 	w.stmtVersion, w.portalVersion, w.sqlNames = nil, nil, nil
 }
@@ -172,7 +185,11 @@ func (c *conversation) confirmSQL(w *awaited, at int) {
 		switch s := &w.sqlNames[i]; {
 		case s.at != at:
 		case s.all:
-			c.stmts.forget()
+			c.stmts.forget(nil)
+		case s.cursors:
+			c.cursors.forget(nil)
+		case s.cursor != nil && !s.cursor.confirmed:
+			c.cursors.confirm(s.cursor)
 		case s.v != nil && !s.v.confirmed:
 			c.stmts.confirm(s.v)
 		}

@@ -1,5 +1,12 @@
 package postgres
 
+import "slices"
+
+// maxName is the longest name of a prepared statement, portal or cursor. The
+// target tells longer ones apart by their first 63 bytes only (NAMEDATALEN), so
+// two names here could be one there.
+const maxName = 63
+
 // names knows what a name of a prepared statement or portal will mean to the
 // target when a message that is being decoded now reaches it.
 //
@@ -79,12 +86,23 @@ func (n *names[T]) undo(v *version[T]) {
 	n.m[v.name] = vs
 }
 
-// forget drops everything confirmed: the target has.
-func (n *names[T]) forget() {
+// any says whether some name that match takes is, or may come to be, in use.
+func (n *names[T]) any(match func(name string) bool) bool {
+	for name, vs := range n.m {
+		if match(name) && slices.ContainsFunc(vs, func(v *version[T]) bool { return v.value != nil }) {
+			return true
+		}
+	}
+	return false
+}
+
+// forget drops everything confirmed, as the target has, but for what keep, when
+// not nil, says that it keeps.
+func (n *names[T]) forget(keep func(*T) bool) {
 	for name, vs := range n.m {
 		kept := vs[:0]
 		for _, v := range vs {
-			if !v.confirmed {
+			if !v.confirmed || (v.value != nil && keep != nil && keep(v.value)) {
 				kept = append(kept, v)
 			}
 		}

@@ -25,15 +25,25 @@ func (r *responses) described(w *awaited, frame []byte) error {
 		w.stmt.shape, w.stmt.shaped = cols, true
 		return nil // checked when rows are to come: what is masked may change until then
 	}
-	if an := w.portal.an; len(an.parts) == 1 && len(cols) > 0 {
-		return r.plan(cols, &an.parts[0], an.world)
+	p := w.portal
+	if len(p.an.parts) != 1 {
+		return nil // there is no such portal, or it is empty
 	}
+	if len(cols) > 0 {
+		if err := r.plan(cols, &p.an.parts[0], p.an.world); err != nil {
+			return err
+		}
+	}
+	p.cols, p.planned = cols, true
 	return nil
 }
 
-// planPortal finds out what is masked in a portal's rows. r.mu is held.
+// planPortal finds out what is masked in a portal's rows, when it was not
+// described itself. Only what is planned at Parse has the shape that it had
+// then: that of FETCH, EXECUTE and the like is decided at Bind, after which the
+// gateway asks for it. r.mu is held.
 func (r *responses) planPortal(p *portal) error {
-	if !p.stmt.described() || len(p.an.parts) != 1 {
+	if !p.stmt.described() || !p.an.plain {
 		return &protocols.Refusal{Rule: "masking", Reason: "rows came whose columns the gateway does not know", Code: "42501"}
 	}
 	p.cols = slices.Clone(p.stmt.shape)

@@ -22,6 +22,10 @@ const (
 	maxQuery = sql.MaxStatement + 64<<10
 	// maxBind bounds the parameters of one Bind, which is held whole.
 	maxBind = 16 << 20
+	// maxSet bounds what SET can put into one setting, and maxSets the names
+	// and values of all: an approver is shown them.
+	maxSet  = 1 << 10
+	maxSets = 16 << 10
 )
 
 // requests is the client's half of the codec.
@@ -43,7 +47,7 @@ type requests struct {
 	unsettled bool              // the catalogue, or all names, may change by what was sent
 	shifted   bool              // a name may mean another thing than the catalogue known here says
 	set       map[string]string // what SET asked for, by name
-	parses    int
+	granted   *portal           // approved, and nothing but its Execute was sent since
 }
 
 var _ protocols.Requests = (*requests)(nil)
@@ -57,7 +61,9 @@ type task struct {
 	portal *portal
 	bind   []byte // the Bind frame
 	names  []sqlName
-	inner  []*analysis // what EXECUTE in it stands for
+	inner  []*analysis       // what EXECUTE in it stands for
+	values []byte            // digest of the parameters
+	digest [sha256.Size]byte // what Digest said last
 }
 
 func (q *requests) Poisons() [][]byte { return [][]byte{poisonQuery, poisonParse} }
@@ -170,7 +176,7 @@ func (q *requests) Control(ctx context.Context, frame []byte) (bool, error) {
 		return true, nil
 	case 'D', 'C':
 		kind, name := r.byte(), string(r.cstring())
-		if !r.done() || (kind != 'S' && kind != 'P') {
+		if !r.done() || (kind != 'S' && kind != 'P') || len(name) > maxName {
 			return false, malformed("Describe or Close")
 		}
 		if frame[0] == 'C' {
@@ -239,6 +245,9 @@ func find[T any](ctx context.Context, q *requests, names *names[T], name string)
 func (q *requests) Decode(ctx context.Context, frame []byte, op *protocols.Operation) error {
 	if err := q.room(ctx); err != nil {
 		return err
+	}
+	if frame[0] != 'E' {
+		q.granted = nil
 	}
 	if n, _ := measure(frame); n > len(frame) {
 		return q.oversize(frame, op)
@@ -340,6 +349,14 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 			}
 		}
 	}
+	if an.sets && op.Problem == nil {
+		op.Problem = q.settable(an)
+	}
+	if an.cursors && t.frame != 'P' {
+		if err := q.judgeCursors(ctx, t, op); err != nil {
+			return err
+		}
+	}
 	if !an.renames && !an.resolves {
 		return nil
 	}
@@ -358,6 +375,13 @@ func (q *requests) judge(ctx context.Context, t *task, op *protocols.Operation) 
 				return err
 			}
 			s := &statement{text: p.Inner, raw: []byte(p.Inner), an: inner, sqlly: true, sealed: inner.reads}
+			why, err := q.statementRoom(ctx, p.Prepare, s)
+			if err != nil {
+				return err
+			}
+			if why != nil && op.Problem == nil {
+				op.Problem = why
+			}
 			local[p.Prepare] = s
 			t.names = append(t.names, sqlName{at: i, v: &version[statement]{name: p.Prepare, value: s}})
 		case p.Deallocate != "":
@@ -444,16 +468,168 @@ func (q *requests) parse(ctx context.Context, frame []byte, op *protocols.Operat
 		return err
 	}
 	t.names = nil // nothing is prepared or closed before Execute
-	q.mu.Lock()
-	defer q.mu.Unlock()
 	switch {
 	case op.Problem != nil:
 	case len(an.parts) > 1:
 		op.Problem = &protocols.Refusal{Rule: "unsupported", Reason: "cannot insert multiple commands into a prepared statement", Code: "42601"}
-	case q.stmts.len() >= maxStatements || q.stmtText+len(text) > maxStatementBytes:
-		op.Problem = &protocols.Refusal{Rule: "limits", Reason: "too many prepared statements in one session: close some", Code: "54000"}
+	default:
+		op.Problem, err = q.statementRoom(ctx, name, s)
+	}
+	return err
+}
+
+func longName() *protocols.Refusal {
+	return &protocols.Refusal{Rule: "limits", Reason: fmt.Sprintf("a name of more than %d bytes: the target would cut it off", maxName), Code: "42622"}
+}
+
+// statementRoom says why the session cannot have one more prepared statement.
+func (q *requests) statementRoom(ctx context.Context, name string, s *statement) (*protocols.Refusal, error) {
+	if len(name) > maxName {
+		return longName(), nil
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	full := func() bool { return q.stmts.len() >= maxStatements || q.held+s.weight() > maxStatementBytes }
+	if !full() {
+		return nil, nil
+	}
+	q.weigh()
+	if full() && !q.idle() { // much of it may be a pipeline's, and go with the answers
+		q.mu.Unlock()
+		err := q.ch.Barrier(ctx)
+		if err == nil {
+			err = q.await(ctx, q.idle)
+		}
+		q.mu.Lock()
+		if err != nil {
+			return nil, err
+		}
+		q.weigh()
+	}
+	if full() {
+		return &protocols.Refusal{Rule: "limits", Reason: "too many prepared statements in one session: close some", Code: "54000"}, nil
+	}
+	return nil, nil
+}
+
+// settable bounds what is kept of SET: all of it is in the digest of an
+// approval, and shown to the approver.
+func (q *requests) settable(an *analysis) *protocols.Refusal {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var sum int
+	added := map[string]int{}
+	for k, v := range q.set {
+		added[k] = len(k) + len(v)
+	}
+	for i := range an.parts {
+		p := &an.parts[i]
+		if len(p.Set)+len(p.Value) > maxSet {
+			return &protocols.Refusal{Rule: "limits", Reason: fmt.Sprintf("SET of %s to a value of %d bytes; the limit for name and value is %d", p.Set[:min(len(p.Set), maxName)], len(p.Value), maxSet), Code: "54000"}
+		}
+		if p.Set != "" {
+			added[p.Set] = len(p.Set) + len(p.Value)
+		}
+	}
+	for _, n := range added {
+		sum += n
+	}
+	if sum > maxSets {
+		return &protocols.Refusal{Rule: "limits", Reason: "too many settings were changed in this session: RESET some", Code: "54000"}
 	}
 	return nil
+}
+
+// judgeCursors looks at what DECLARE, FETCH, MOVE and CLOSE in t name. For the
+// target, cursors and the protocol's portals are one thing; here, SQL may not
+// touch a portal, whose statement the record would then get wrong, and a
+// session with masked columns may fetch from nothing but what it declared
+// itself: DECLARE is where it was seen to be clean.
+func (q *requests) judgeCursors(ctx context.Context, t *task, op *protocols.Operation) error {
+	local := map[string]*cursor{}
+	all := false // CLOSE ALL came before
+	refuse := func(rule, code, reason string, args ...any) {
+		if op.Problem == nil {
+			op.Problem = &protocols.Refusal{Rule: rule, Reason: fmt.Sprintf(reason, args...), Code: code}
+		}
+	}
+	for i := range t.an.parts {
+		p := &t.an.parts[i]
+		name := p.Cursor
+		if name == "" || p.Verb == "EXPLAIN" { // EXPLAIN DECLARE declares nothing
+			continue
+		}
+		if len(name) > maxName {
+			refuse("limits", "42622", "%s", longName().Reason)
+			continue
+		}
+		portal, err := inUse(ctx, q, q.portals, func(n string) bool { return n == name || (name == "*" && p.Verb == "CLOSE CURSOR" && n != "") })
+		if err != nil {
+			return err
+		}
+		if portal {
+			refuse("unsupported", "34000", "%s names a portal that was made by a Bind message (%s): use messages of the protocol on portals, or another name for the cursor", p.Verb, name)
+			continue
+		}
+		switch p.Verb {
+		case "DECLARE CURSOR":
+			q.mu.Lock()
+			n := q.cursors.len()
+			q.mu.Unlock()
+			if n+len(local) >= maxPortals {
+				refuse("limits", "54000", "too many cursors in one session: close some")
+				continue
+			}
+			c := &cursor{world: t.an.world, holds: strings.Contains(strings.ToUpper(p.Text), "HOLD")}
+			local[name] = c
+			t.names = append(t.names, sqlName{at: i, cursor: &version[cursor]{name: name, value: c}})
+		case "CLOSE CURSOR":
+			if name == "*" {
+				clear(local)
+				all = true
+				t.names = append(t.names, sqlName{at: i, cursors: true})
+				continue
+			}
+			local[name] = nil
+			t.names = append(t.names, sqlName{at: i, cursor: &version[cursor]{name: name}})
+		default: // FETCH, MOVE
+			if !t.an.world.masking {
+				continue
+			}
+			c, known := local[name]
+			if !known && !all {
+				if c, err = find(ctx, q, q.cursors, name); err != nil {
+					return err
+				}
+			}
+			switch {
+			case c == nil:
+				refuse("masking", "34000", "%s from %q, which this session has not declared: some columns are masked for it, so it can fetch from cursors that its own DECLARE made only", p.Verb, name)
+			case c.world != t.an.world:
+				refuse("masking", "42501", "the catalogue or what is masked changed since cursor %q was declared: close it and declare it again", name)
+			}
+		}
+	}
+	return nil
+}
+
+// inUse says whether a name that match takes is in use, waiting for the target
+// where that may depend on its answers.
+func inUse[T any](ctx context.Context, q *requests, names *names[T], match func(string) bool) (bool, error) {
+	q.mu.Lock()
+	found, idle := names.any(match), q.idle()
+	q.mu.Unlock()
+	if !found || idle {
+		return found, nil
+	}
+	if err := q.ch.Barrier(ctx); err != nil {
+		return false, err
+	}
+	err := q.await(ctx, func() bool {
+		found = names.any(match)
+		return !found || q.idle()
+	})
+	return found, err
 }
 
 // current returns what stmt does in the world as it is now.
@@ -493,6 +669,10 @@ func (q *requests) bind(ctx context.Context, frame []byte, op *protocols.Operati
 		op.Problem = &protocols.Refusal{Rule: "unknown", Reason: fmt.Sprintf("prepared statement %q does not exist", stmtName), Code: "26000"}
 		return nil
 	}
+	if len(name) > maxName {
+		op.Problem = longName()
+		return nil
+	}
 	if t.an, err = q.current(ctx, stmt); err != nil {
 		return err
 	}
@@ -501,6 +681,15 @@ func (q *requests) bind(ctx context.Context, frame []byte, op *protocols.Operati
 		return err
 	}
 	t.names = nil
+	if name != "" && op.Problem == nil {
+		taken, err := inUse(ctx, q, q.cursors, func(n string) bool { return n == name })
+		if err != nil {
+			return err
+		}
+		if taken {
+			op.Problem = &protocols.Refusal{Rule: "unsupported", Reason: fmt.Sprintf("a portal named %q, which is the name of a cursor that DECLARE made: close the cursor, or use another name", name), Code: "42P03"}
+		}
+	}
 	q.mu.Lock()
 	if op.Problem == nil && q.portals.len() >= maxPortals {
 		op.Problem = &protocols.Refusal{Rule: "limits", Reason: "too many portals in one session: close some", Code: "54000"}
@@ -526,9 +715,17 @@ func (q *requests) execute(ctx context.Context, frame []byte, op *protocols.Oper
 	if err != nil {
 		return err
 	}
+	if p != q.granted {
+		q.granted = nil
+	}
 	if p == nil {
 		op.Problem = &protocols.Refusal{Rule: "unknown", Reason: fmt.Sprintf("portal %q does not exist", name), Code: "34000"}
 		return nil
+	}
+	if q.granted != nil {
+		if err := q.look(ctx, true); err != nil { // what it would do may have changed since it was approved
+			return err
+		}
 	}
 	op.Text = p.stmt.raw
 	if t.an, err = q.current(ctx, p.stmt); err != nil {
@@ -538,7 +735,14 @@ func (q *requests) execute(ctx context.Context, frame []byte, op *protocols.Oper
 	if err := q.judge(ctx, t, op); err != nil {
 		return err
 	}
-	op.Granted, op.Late = p.admitted, true
+	op.Late = true
+	if q.granted != nil {
+		if t.values = p.values; q.Digest(op) == p.digest {
+			op.Granted, op.Memo = p.admitted, nil
+		} else {
+			q.granted = nil
+		}
+	}
 	if p.an.world != t.an.world && op.Problem == nil && (t.an.world.masking || p.an.world.masking) {
 		op.Problem = &protocols.Refusal{Rule: "masking", Reason: "the catalogue or what is masked changed since this portal was bound: bind it again", Code: "42501"}
 	}
@@ -551,6 +755,7 @@ func (q *requests) Admitted(op *protocols.Operation, adm *protocols.Admission) (
 	t := op.State.(*task)
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.granted = nil
 	w := awaited{op: adm.Op, began: adm.At}
 	switch t.frame {
 	case 'Q':
@@ -560,7 +765,7 @@ func (q *requests) Admitted(op *protocols.Operation, adm *protocols.Admission) (
 	case 'P':
 		w.step, w.stmt = stepParse, t.stmt
 		w.stmtVersion = q.stmts.put(t.name, t.stmt, q.segment)
-		q.weigh()
+		q.held += t.stmt.weight()
 		q.push(w)
 		if t.an.world.masking || adm.Holds {
 			q.push(awaited{step: stepDescribe, stmt: t.stmt, hidden: true})
@@ -575,31 +780,53 @@ func (q *requests) Admitted(op *protocols.Operation, adm *protocols.Admission) (
 			before = message(nil, 'D', "S", string(r.cstring()), "\x00")
 		}
 		t.stmt.sealed = t.stmt.sealed || t.an.reads
-		grant := *adm
-		t.portal.admitted = &grant
+		if adm.Approved() {
+			grant := *adm
+			t.portal.admitted, t.portal.digest, t.portal.values = &grant, t.digest, t.values
+			q.granted = t.portal
+		}
 		w.step, w.portal = stepBind, t.portal
 		w.portalVersion = q.portals.put(t.name, t.portal, q.segment)
 		q.push(w)
+		if t.an.world.masking && !t.an.plain && len(t.an.parts) == 1 {
+			q.push(awaited{step: stepDescribe, portal: t.portal, hidden: true})
+			after = message(nil, 'D', "P", t.name, "\x00")
+		}
 	case 'E':
 		w.step, w.portal = stepExecute, t.portal
 		q.effects(t, &w)
 		q.push(w)
 		q.ran = true
+		if op.Granted.Approved() {
+			q.granted = t.portal // the rest of it, when this has a row limit
+		}
 	}
 	return before, after
 }
 
-// weigh counts the text of prepared statements, with every 64th: between two
-// counts the limit can be exceeded by 64 statements.
+// weigh counts anew what statements and portals take. Between two counts it is
+// only added to. q.mu is held.
 func (q *requests) weigh() {
-	if q.parses++; q.parses%64 != 0 {
-		return
+	q.held = 0
+	seen := map[*statement]bool{}
+	add := func(s *statement) {
+		if s != nil && !seen[s] {
+			seen[s] = true
+			q.held += s.weight()
+		}
 	}
-	q.stmtText = 0
 	for _, vs := range q.stmts.m {
 		for _, v := range vs {
+			add(v.value)
+		}
+	}
+	for _, vs := range q.portals.m {
+		for _, v := range vs {
 			if v.value != nil {
-				q.stmtText += len(v.value.text)
+				add(v.value.stmt)
+				if v.value.an != v.value.stmt.an {
+					q.held += v.value.an.weight
+				}
 			}
 		}
 	}
@@ -610,7 +837,13 @@ func (q *requests) weigh() {
 func (q *requests) effects(t *task, w *awaited) {
 	for _, n := range t.names {
 		if n.v != nil {
+			if n.v.value != nil {
+				q.held += n.v.value.weight()
+			}
 			n.v = q.stmts.put(n.v.name, n.v.value, q.segment)
+		}
+		if n.cursor != nil {
+			n.cursor = q.cursors.put(n.cursor.name, n.cursor.value, q.segment)
 		}
 		if n.all {
 			q.unsettled = true // names are certain again when it was answered
@@ -632,8 +865,8 @@ func (q *requests) effects(t *task, w *awaited) {
 		case "commit", "rollback":
 			q.inBlock = false
 		}
-		if p.Set != "" && (len(q.set) < 64 || q.set[p.Set] != "") {
-			q.set[p.Set] = p.Value
+		if p.Set != "" { // bounded by settable
+			q.set[strings.Clone(p.Set)] = strings.Clone(p.Value)
 		}
 	}
 	if w.step == stepQuery {
@@ -718,7 +951,11 @@ func (q *requests) Digest(op *protocols.Operation) (sum [32]byte) {
 		inner = append(inner, an.text)
 	}
 	list("prepared", inner)
-	part(bindValues(t.bind))
+	if t.bind != nil {
+		values := sha256.Sum256(bindValues(t.bind))
+		t.values = values[:]
+	}
+	part(t.values)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if t.stmt != nil {
@@ -743,6 +980,7 @@ func (q *requests) Digest(op *protocols.Operation) (sum [32]byte) {
 	slices.Sort(objects)
 	part(oidBytes(slices.Compact(objects)))
 	h.Sum(sum[:0])
+	t.digest = sum
 	return sum
 }
 

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"strconv"
 
@@ -69,6 +70,17 @@ func (r *responses) Frame(b []byte) (protocols.Frame, error) {
 		switch {
 		case w == nil || w.refused != nil || (w.step != stepQuery && w.step != stepExecute):
 			return f, nil
+		case n < headerBytes+2:
+			return f, malformed("DataRow")
+		case len(b) < headerBytes+2:
+			return protocols.Frame{}, nil
+		}
+		if r.guard && (w.step == stepQuery || w.portal.planned) {
+			if err := r.fits(b, w); err != nil {
+				return f, err
+			}
+		}
+		switch {
 		case r.masks(w) || (r.guard && w.step == stepExecute && !w.portal.planned):
 			if n > maxMaskedRow {
 				return f, &protocols.Refusal{Rule: "limits", Reason: "a row of more than 16 MiB in a result with masked columns", Code: "54000"}
@@ -114,6 +126,20 @@ func (r *responses) masks(w *awaited) bool {
 		return w.at < len(w.query.parts) && w.query.parts[w.at].Reads
 	}
 	return w.portal.an.reads
+}
+
+// fits checks that a row has as many fields as were planned for it. r.mu is held.
+func (r *responses) fits(frame []byte, w *awaited) error {
+	want := r.cols
+	if w.step == stepExecute {
+		want = w.portal.cols
+	} else if r.planned != w.query || r.plannedAt != w.at {
+		return outOfPlace('D')
+	}
+	if n := int(binary.BigEndian.Uint16(frame[headerBytes:])); n != len(want) {
+		return r.alarm(fmt.Sprintf("a row of %d fields in a result that was described with %d", n, len(want)))
+	}
+	return nil
 }
 
 func outOfPlace(b byte) error {
@@ -206,6 +232,9 @@ func (r *responses) Answer(dst, frame []byte) ([]byte, error) {
 					return dst, err
 				}
 			}
+			if err := r.fits(frame, w); err != nil {
+				return dst, err
+			}
 			if !w.portal.an.reads {
 				return append(dst, frame...), nil
 			}
@@ -291,7 +320,8 @@ func (r *responses) Answer(dst, frame []byte) ([]byte, error) {
 		}
 		r.status = frame[headerBytes]
 		if r.status == 'I' {
-			r.portals.forget() // portals end with their transaction
+			r.portals.forget(nil) // portals end with their transaction
+			r.cursors.forget(func(c *cursor) bool { return c.holds })
 		}
 		r.pop()
 	default:
