@@ -90,7 +90,16 @@ func TestCuttingChangesNothing(t *testing.T) {
 		<-s.Ended
 		var ops strings.Builder
 		var recorded []byte
+		// What the target skips has no effect, and names in it mean what was
+		// known of the error by then: that is a matter of time.
+		skipped := map[uint64]bool{}
+		for _, e := range s.Record.Entries(recording.Outcome) {
+			skipped[e.Op] = e.Effect == "skipped"
+		}
 		for _, e := range s.Record.Entries() {
+			if skipped[e.Op] && e.Verb == "Execute" {
+				e.Text = nil
+			}
 			switch e.Type {
 			case recording.Response:
 				recorded = append(recorded, e.Data...)
