@@ -193,9 +193,7 @@ func (tw *twins) run(t *testing.T, i int, text string, list []Statement) []outco
 		if n < len(list) {
 			st = &list[n]
 		}
-		for _, f := range r.FieldDescriptions {
-			o.types = append(o.types, f)
-		}
+		o.types = append(o.types, r.FieldDescriptions...)
 		for _, row := range r.Rows {
 			var cells []string
 			for c, cell := range row {
