@@ -47,6 +47,11 @@ func (p *Protocol) login(ctx context.Context, l protocols.Login, h *hello, searc
 	if err != nil {
 		return protocols.Upstream{}, nil, err
 	}
+	// A slow write may have left pgconn reading in the background: it would take
+	// the first answer away from us. This ends it, with an empty query if need be.
+	if err := conn.SyncConn(ctx); err != nil {
+		return protocols.Upstream{}, nil, err
+	}
 	hijacked, err := conn.Hijack()
 	if err != nil {
 		return protocols.Upstream{}, nil, err

@@ -185,9 +185,9 @@ func TestHostile(t *testing.T) {
 		for i := range list {
 			checkStatement(t, name, &list[i])
 		}
-		if d := time.Since(start); d > 10*time.Second { // below a second on an idle machine
+		if d := time.Since(start); d > 10*slowdown*time.Second { // below a second on an idle machine
 			t.Errorf("%s takes %s", name, d)
-		} else if d > 2*time.Second {
+		} else if d > 2*slowdown*time.Second {
 			t.Logf("%s takes %s", name, d)
 		}
 	}
