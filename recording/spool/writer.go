@@ -333,7 +333,9 @@ func fdatasync(f *os.File) error {
 	}
 	var serr error
 	if err := c.Control(func(fd uintptr) { serr = unix.Fdatasync(int(fd)) }); err != nil {
-		return err
+		// It fails for a closed file alone, with an error that the standard
+		// library keeps to itself and does not make an fs.ErrClosed.
+		return fmt.Errorf("%w: %w", fs.ErrClosed, err)
 	}
 	return serr
 }
