@@ -216,6 +216,12 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 			fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
 			return
 		}
+		if auth := hr.Header.Get("Authorization"); change && auth != "" && !strings.HasPrefix(auth, "Bearer ") && !hasKey(hr) {
+			// What makes a signed change happen once is the key that its
+			// signature covers: without one it could be handed on again.
+			fail(w, problem(invalid("Idempotency-Key: a signed change needs one, 32 hexadecimal digits, chosen anew for each change")))
+			return
+		}
 		subject, proof, err := s.Authenticate(hr.Context(), hr, body, peer != "")
 		if err != nil {
 			_ = s.audit(hr, action, nil, "refuse", "unauthenticated", err.Error())
@@ -323,6 +329,11 @@ func idempotencyID(r *http.Request) event.ID {
 		}
 	}
 	return event.NewID()
+}
+
+func hasKey(r *http.Request) bool {
+	_, err := event.ParseID(r.Header.Get("Idempotency-Key"))
+	return err == nil
 }
 
 // leaderTries bounds how often a call is tried while a leader is elected.

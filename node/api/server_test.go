@@ -257,3 +257,17 @@ func TestMeshRefusesStrangers(t *testing.T) {
 		t.Fatalf("a stranger on the mesh: %d %s", w.Code, w.Body)
 	}
 }
+
+// A signed change without the key that its signature would cover is refused
+// before anything is done: it could be repeated by whoever has seen it.
+func TestSignedChangeNeedsAKey(t *testing.T) {
+	r := newRig(t)
+	r.permit[policy.Revoke] = true
+	req := httptest.NewRequest("POST", "/v1/revocations", strings.NewReader(`{"subject":"ci/x","reason":"y"}`))
+	req.Header.Set("Authorization", "Sallyport-Certificate x")
+	w := httptest.NewRecorder()
+	r.Handler().ServeHTTP(w, req)
+	if w.Code != http.StatusBadRequest || len(r.State.View().Revocations) != 0 {
+		t.Fatalf("%d %s, %d revocations", w.Code, w.Body, len(r.State.View().Revocations))
+	}
+}
