@@ -53,6 +53,7 @@ type Node struct {
 	version string
 	log     *slog.Logger
 	started time.Time
+	serving atomic.Bool // lets clients in
 
 	key     *ecdsa.PrivateKey
 	cert    *x509.Certificate
@@ -280,7 +281,10 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("members", n.reconcileMembers)
 
 	// Clients, once what was known when the node stopped is known again.
-	if err := n.catchUp(ctx); err != nil {
+	if err := n.catchUp(ctx); ctx.Err() != nil {
+		n.log.Info("stopping: this node had not begun to serve")
+		return nil
+	} else if err != nil {
 		return err
 	}
 	httpConns := listener.NewConnListener(ln.Addr())
@@ -295,6 +299,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Log: n.log,
 	})
 	run("listener", func(context.Context) error { return ls.Run(lctx, ln) })
+	n.serving.Store(true)
 	n.log.Info("node is up", "addr", n.cfg.Addr, "cluster", n.cluster, "recordings", dest.String(), "dev", n.cfg.Dev)
 
 	select {
@@ -303,6 +308,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	case err = <-n.fatal:
 		n.log.Error("stopping: this node cannot go on", "err", err)
 	}
+	n.serving.Store(false)
 	stopListening()
 	dctx, cancel := context.WithTimeout(context.Background(), DrainTimeout)
 	if err != nil {
@@ -617,7 +623,7 @@ func (n *Node) status(ctx context.Context) api.NodeStatus {
 	leader, _ := n.store.Leader()
 	sp := n.spool.Status()
 	s := api.NodeStatus{
-		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Version: n.version, Started: n.started, Now: time.Now(),
+		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Serving: n.serving.Load(), Version: n.version, Started: n.started, Now: time.Now(),
 		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.AppliedLog,
 		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex,
 		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev,

@@ -332,6 +332,8 @@ func agree(st *api.Status, running []*Node) error {
 			return fmt.Errorf("node %s is not a member", n.Name)
 		case !s.Reachable:
 			return fmt.Errorf("node %s is not reachable: %s", n.Name, s.Error)
+		case !s.Serving:
+			return fmt.Errorf("node %s does not let clients in yet", n.Name)
 		case !s.Voter:
 			return fmt.Errorf("node %s is no voter", n.Name)
 		case s.Leader == "":

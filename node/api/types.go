@@ -30,6 +30,7 @@ type NodeStatus struct {
 	Node         string    `json:"node"`
 	Addr         string    `json:"addr"`
 	Reachable    bool      `json:"reachable"`
+	Serving      bool      `json:"serving"` // lets clients in: it knows what the cluster had agreed on when it started
 	Error        string    `json:"error,omitempty"`
 	Version      string    `json:"version,omitempty"`
 	Started      time.Time `json:"started,omitzero"`

@@ -134,6 +134,7 @@ func (c *conversation) push(w awaited) {
 	if c.skipping {
 		if w.step != stepSync {
 			c.skip(&w)
+			c.skipped(&w)
 			return
 		}
 		c.skipping = false
@@ -206,13 +207,18 @@ func (c *conversation) skipToSync() {
 		c.skip(c.nth(i))
 	}
 	for range n {
-		if w := c.first(); w.op != 0 {
-			c.ch.Done(protocols.Done{Op: w.op, Effect: "skipped", Reason: "an earlier command of the pipeline failed", Began: w.began})
-		}
+		c.skipped(c.first())
 		c.pop()
 	}
 	c.copy = copyNone
 	c.skipping = c.n == 0
+}
+
+// skipped records the outcome of a command that the target skips.
+func (c *conversation) skipped(w *awaited) {
+	if w.op != 0 {
+		c.ch.Done(protocols.Done{Op: w.op, Effect: "skipped", Reason: "an earlier command of the pipeline failed", Began: w.began})
+	}
 }
 
 // await waits until ready says so. It returns when the conversation or ctx ends.
