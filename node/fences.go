@@ -7,7 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/sallyport/sallyport/node/approval"
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/node/state"
 	"github.com/sallyport/sallyport/protocols"
@@ -47,7 +46,7 @@ func newFences(r *session.Registry, node string) *fences {
 // begin cuts the sessions of a subject revoked by e. The state that v is part
 // of refuses new ones already. It does not wait.
 func (f *fences) begin(_ *state.View, e event.Event) {
-	p, err := approval.Decode[event.Revoked](e.Payload)
+	p, err := event.Decode[event.Revoked](e)
 	if err != nil {
 		return // folding it would have failed before
 	}

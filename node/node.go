@@ -573,7 +573,7 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 		case event.TypeRevoked:
 			n.fences.begin(v, e)
 		case event.TypeNodeRemoved:
-			if p, err := approval.Decode[event.NodeRemoved](e.Payload); err == nil {
+			if p, err := event.Decode[event.NodeRemoved](e); err == nil {
 				if p.Name == n.cfg.Name {
 					n.fail(errRemoved)
 				} else {

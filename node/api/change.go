@@ -259,7 +259,7 @@ func (s *Server) revoke(w http.ResponseWriter, r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p, err := approval.Decode[event.Revoked](ev.Payload); err != nil || ev.Type != event.TypeRevoked || p.Subject != in.Subject {
+	if p, err := event.Decode[event.Revoked](ev); err != nil || p.Subject != in.Subject {
 		return nil, invalid("this Idempotency-Key was used for something else")
 	}
 	// What follows is evidence; the caller's leaving must not lose it.

@@ -19,7 +19,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/sallyport/sallyport/node/approval"
 	"github.com/sallyport/sallyport/node/config"
 	"github.com/sallyport/sallyport/node/tunnel"
 	"github.com/sallyport/sallyport/raftstore"
@@ -158,7 +157,7 @@ func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p, err := approval.Decode[event.JoinTokenMade](ev.Payload); err != nil || !bytes.Equal(p.Hash, made.Hash) {
+	if p, err := event.Decode[event.JoinTokenMade](ev); err != nil || !bytes.Equal(p.Hash, made.Hash) {
 		return nil, &Failure{&Problem{Code: "conflict", Status: http.StatusConflict, Error: "this call made a token before, whose secret is shown once only: make another one"}}
 	}
 	enc := base64.RawURLEncoding

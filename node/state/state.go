@@ -4,7 +4,6 @@
 package state
 
 import (
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -26,6 +25,8 @@ const keepEnded = 1000
 // its maps must not be written to.
 type View struct {
 	Seq, Index uint64 // of the last event folded
+
+	FeatureLevel uint32 // what may be stored: see event.FeatureLevel
 
 	ClusterID      string
 	CA             []byte // DER
@@ -145,7 +146,8 @@ func New(log *slog.Logger) *Projection {
 	p := &Projection{log: log}
 	p.mu.changed = make(chan struct{})
 	p.view.Store(&View{
-		Nodes: map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
+		FeatureLevel: event.BaseLevel,
+		Nodes:        map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
 		Approvals: map[string]*Approval{}, Revocations: map[string]*Revocation{},
 		Secrets: map[string]event.Sealed{}, bySubject: map[string]standing{},
 	})
@@ -220,38 +222,38 @@ func own[K comparable, V any](m *map[K]V, owned *bool) map[K]V {
 	return *m
 }
 
-func decode[T any](e event.Event) (T, error) {
-	var p T
-	err := json.Unmarshal(e.Payload, &p)
-	return p, err
-}
-
 func (f *fold) apply(e event.Event) error {
 	switch e.Type {
 	case event.TypeClusterCreated:
-		p, err := decode[event.ClusterCreated](e)
+		p, err := event.Decode[event.ClusterCreated](e)
 		if err != nil {
 			return err
 		}
 		f.v.ClusterID, f.v.CA, f.v.CAKey = p.ID, p.CA, p.CAKey
 		f.v.VaultRecipient, f.v.AdminCertFP = p.VaultRecipient, p.AdminCertFP
 		own(&f.v.Nodes, &f.nodes)[p.Node.Name] = p.Node
+	case event.TypeFeatureLevel:
+		p, err := event.Decode[event.FeatureLevel](e)
+		if err != nil {
+			return err
+		}
+		f.v.FeatureLevel = p.Level
 	case event.TypeNodeJoined:
-		p, err := decode[event.NodeJoined](e)
+		p, err := event.Decode[event.NodeJoined](e)
 		if err != nil {
 			return err
 		}
 		own(&f.v.Nodes, &f.nodes)[p.Node.Name] = p.Node
 		delete(own(&f.v.Removed, &f.removed), p.Node.Name)
 	case event.TypeNodeRemoved:
-		p, err := decode[event.NodeRemoved](e)
+		p, err := event.Decode[event.NodeRemoved](e)
 		if err != nil {
 			return err
 		}
 		delete(own(&f.v.Nodes, &f.nodes), p.Name)
 		own(&f.v.Removed, &f.removed)[p.Name] = true
 	case event.TypeJoinTokenMade:
-		p, err := decode[event.JoinTokenMade](e)
+		p, err := event.Decode[event.JoinTokenMade](e)
 		if err != nil {
 			return err
 		}
@@ -263,7 +265,7 @@ func (f *fold) apply(e event.Event) error {
 			}
 		}
 	case event.TypeJoinTokenUsed:
-		p, err := decode[event.JoinTokenUsed](e)
+		p, err := event.Decode[event.JoinTokenUsed](e)
 		if err != nil {
 			return err
 		}
@@ -272,7 +274,7 @@ func (f *fold) apply(e event.Event) error {
 		t.UsedBy = p.Node
 		m[p.ID] = t
 	case event.TypeConfigApplied:
-		p, err := decode[event.ConfigApplied](e)
+		p, err := event.Decode[event.ConfigApplied](e)
 		if err != nil {
 			return err
 		}
@@ -305,14 +307,14 @@ func (f *fold) approval(e event.Event) error {
 	m := own(&f.v.Approvals, &f.approvals)
 	switch e.Type {
 	case event.TypeApprovalAsked:
-		p, err := decode[event.ApprovalAsked](e)
+		p, err := event.Decode[event.ApprovalAsked](e)
 		if err != nil {
 			return err
 		}
 		m[p.ID] = &Approval{ApprovalAsked: p, Asked: e.Time, Version: e.AggregateVersion}
 		prune(m, e.Time)
 	case event.TypeApprovalVoted:
-		p, err := decode[event.ApprovalVoted](e)
+		p, err := event.Decode[event.ApprovalVoted](e)
 		if err != nil {
 			return err
 		}
@@ -323,7 +325,7 @@ func (f *fold) approval(e event.Event) error {
 			m[p.ID] = &c
 		}
 	case event.TypeApprovalEnded:
-		p, err := decode[event.ApprovalEnded](e)
+		p, err := event.Decode[event.ApprovalEnded](e)
 		if err != nil {
 			return err
 		}
@@ -357,7 +359,7 @@ func (f *fold) revocation(e event.Event) error {
 	m := own(&f.v.Revocations, &f.revocations)
 	switch e.Type {
 	case event.TypeRevoked:
-		p, err := decode[event.Revoked](e)
+		p, err := event.Decode[event.Revoked](e)
 		if err != nil {
 			return err
 		}
@@ -368,7 +370,7 @@ func (f *fold) revocation(e event.Event) error {
 		st.revoked = r
 		s[p.Subject] = st
 	case event.TypeRevocationUndone:
-		p, err := decode[event.RevocationUndone](e)
+		p, err := event.Decode[event.RevocationUndone](e)
 		if err != nil {
 			return err
 		}
@@ -388,7 +390,7 @@ func (f *fold) revocation(e event.Event) error {
 		}
 		s[c.Subject] = st
 	case event.TypeRevocationReport:
-		p, err := decode[event.RevocationReport](e)
+		p, err := event.Decode[event.RevocationReport](e)
 		if err != nil {
 			return err
 		}

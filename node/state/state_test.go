@@ -1,8 +1,13 @@
 package state
 
 import (
+	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -130,5 +135,31 @@ func TestBadConfigurationFailsClosed(t *testing.T) {
 	v := mustFold(t, p, s.event(event.TypeConfigApplied, "config", event.ConfigApplied{Files: []event.ConfigFile{{Path: "x.cedar", Data: []byte("permit(")}}}))
 	if v.Config != nil || v.ConfigErr == nil || v.ConfigIndex == 0 {
 		t.Fatalf("config %v, err %v", v.Config, v.ConfigErr)
+	}
+}
+
+// Every type and version that was ever stored can be folded.
+func TestFoldsEveryFixture(t *testing.T) {
+	n := 0
+	for _, typ := range event.Types() {
+		for version := uint32(1); version <= event.Newest(typ); version++ {
+			stored, err := os.ReadFile(filepath.Join("..", "..", "raftstore", "event", "testdata", "fixtures", fmt.Sprintf("%s.v%d.envelope", typ, version)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			envelope, err := hex.DecodeString(strings.TrimSpace(string(stored)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := event.UnmarshalEnvelope(envelope)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustFold(t, New(slog.New(slog.DiscardHandler)), e)
+			n++
+		}
+	}
+	if n < 13 {
+		t.Fatalf("only %d fixtures", n)
 	}
 }

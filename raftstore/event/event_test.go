@@ -173,8 +173,8 @@ func TestKnown(t *testing.T) {
 			}
 		}
 	}
-	if n != len(known) {
-		t.Errorf("%d types, %d known", n, len(known))
+	if n != len(kinds) {
+		t.Errorf("%d types, %d known", n, len(kinds))
 	}
 }
 

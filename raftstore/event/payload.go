@@ -4,18 +4,19 @@ import "time"
 
 // Types of events. Payloads are JSON of the struct named beside each.
 const (
-	TypeClusterCreated   = "cluster.created"   // ClusterCreated, aggregate "cluster"
-	TypeNodeJoined       = "node.joined"       // NodeJoined, aggregate "node/NAME"
-	TypeNodeRemoved      = "node.removed"      // NodeRemoved, aggregate "node/NAME"
-	TypeJoinTokenMade    = "jointoken.made"    // JoinTokenMade, aggregate "jointoken/ID"
-	TypeJoinTokenUsed    = "jointoken.used"    // JoinTokenUsed, aggregate "jointoken/ID"
-	TypeConfigApplied    = "config.applied"    // ConfigApplied, aggregate "config"
-	TypeApprovalAsked    = "approval.asked"    // ApprovalAsked, aggregate "approval/ID"
-	TypeApprovalVoted    = "approval.voted"    // ApprovalVoted, aggregate "approval/ID"
-	TypeApprovalEnded    = "approval.ended"    // ApprovalEnded, aggregate "approval/ID": used, expired, cancelled
-	TypeRevoked          = "revocation.made"   // Revoked, aggregate "revocation/ID"
-	TypeRevocationUndone = "revocation.undone" // RevocationUndone, aggregate "revocation/ID"
-	TypeRevocationReport = "revocation.report" // RevocationReport, aggregate "revocation/ID"
+	TypeClusterCreated   = "cluster.created"       // ClusterCreated, aggregate "cluster"
+	TypeFeatureLevel     = "cluster.feature_level" // FeatureLevel, aggregate "feature_level"
+	TypeNodeJoined       = "node.joined"           // NodeJoined, aggregate "node/NAME"
+	TypeNodeRemoved      = "node.removed"          // NodeRemoved, aggregate "node/NAME"
+	TypeJoinTokenMade    = "jointoken.made"        // JoinTokenMade, aggregate "jointoken/ID"
+	TypeJoinTokenUsed    = "jointoken.used"        // JoinTokenUsed, aggregate "jointoken/ID"
+	TypeConfigApplied    = "config.applied"        // ConfigApplied, aggregate "config"
+	TypeApprovalAsked    = "approval.asked"        // ApprovalAsked, aggregate "approval/ID"
+	TypeApprovalVoted    = "approval.voted"        // ApprovalVoted, aggregate "approval/ID"
+	TypeApprovalEnded    = "approval.ended"        // ApprovalEnded, aggregate "approval/ID": used, expired, cancelled
+	TypeRevoked          = "revocation.made"       // Revoked, aggregate "revocation/ID"
+	TypeRevocationUndone = "revocation.undone"     // RevocationUndone, aggregate "revocation/ID"
+	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"
 )
 
 // Sealed is a secret encrypted (age, X25519) to the cluster's vault key.
@@ -38,6 +39,13 @@ type ClusterCreated struct {
 	VaultRecipient string   `json:"vault_recipient"`
 	Node           NodeInfo `json:"node"`
 	AdminCertFP    string   `json:"admin_cert_fp"` // SHA-256 hex of the bootstrap administrator's certificate
+}
+
+// FeatureLevel says that from here on events that need up to Level may be
+// stored: every member runs a build that supports it. It never goes down. A
+// build that does not support it stops there.
+type FeatureLevel struct {
+	Level uint32 `json:"level"`
 }
 
 type NodeJoined struct {
