@@ -42,7 +42,7 @@ deps: ## install PostgreSQL with apt where it is missing (root, or sudo, which i
 
 .PHONY: test-deps
 test-deps:
-	@deploy/deps.sh postgresql cc
+	@deploy/deps.sh postgresql cc netns
 
 .PHONY: tools
 tools: $(CACHE)/versitygw $(CACHE)/staticcheck ## build the pinned tools that tests and lint need into .cache/bin

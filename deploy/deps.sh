@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing of: postgresql (server, psql and pgbench), cc (a C
-# compiler, which Go's race detector needs). Debian and Ubuntu; prints each
+# compiler, which Go's race detector needs), netns (ip and nft, with which chaos
+# runs make and cut a network of their own). Debian and Ubuntu; prints each
 # command that needs rights. Nothing is done where nothing is missing.
 set -euo pipefail
 
@@ -15,11 +16,14 @@ have_postgresql() {
 
 have_cc() { command -v "${CC:-gcc}" >/dev/null && printf '#include <stdlib.h>\n' | "${CC:-gcc}" -E - >/dev/null 2>&1; }
 
+have_netns() { PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null && PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null; }
+
 packages=()
 for want in "$@"; do
 	case "$want" in
 	postgresql) have_postgresql || packages+=(postgresql postgresql-client) ;;
 	cc) have_cc || packages+=(gcc libc6-dev) ;;
+	netns) have_netns || packages+=(iproute2 nftables) ;;
 	*) echo "deps: unknown dependency $want" >&2; exit 2 ;;
 	esac
 done

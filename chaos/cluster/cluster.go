@@ -46,12 +46,27 @@ type Options struct {
 	// ServeArgs are further arguments of `sallyport serve`; Env, further
 	// variables of the nodes.
 	ServeArgs, Env []string
+	// Place says where node i (from 0) runs; nil means loopback for all. Nodes
+	// that are elsewhere reach PostgreSQL at TargetHost, and the trial issuer,
+	// which serves loopback only, by what Place does about it.
+	Place      func(i int) (*Place, error)
+	TargetHost string
 	// Log is told what is done; nil tells nobody.
 	Log func(format string, args ...any)
 }
 
-// Cluster is a running installation. Its fields are constant; its methods are
-// safe for concurrent use, but for Stop and those of one Node at a time.
+// Place is where one node runs.
+type Place struct {
+	Host  string                // its address there
+	Start func(*exec.Cmd) error // starts a process there; nil means Cmd.Start
+	// Prepare, if not nil, may lay out the data directory before the first start.
+	Prepare func(dataDir string) error
+	Env     []string // further variables of the node
+}
+
+// Cluster is a running installation. Its fields are constant, but for Nodes,
+// which AddNode makes longer; its methods are safe for concurrent use, but for
+// AddNode, Stop and those of one Node at a time.
 type Cluster struct {
 	Dir        string
 	Binary     string
@@ -76,9 +91,10 @@ type Node struct {
 	DataDir string
 	LogFile string
 
-	c  *Cluster
-	mu sync.Mutex
-	p  *Process // nil when not running
+	c     *Cluster
+	place *Place
+	mu    sync.Mutex
+	p     *Process // nil when not running
 }
 
 // timeout bounds each step of a start. Two busy cores need a few seconds.
@@ -142,6 +158,14 @@ func Start(ctx context.Context, o Options) (_ *Cluster, err error) {
 		return nil, err
 	}
 	o.Log("starting PostgreSQL")
+	if o.TargetHost != "" {
+		o.Postgres.Settings = maps.Clone(o.Postgres.Settings)
+		if o.Postgres.Settings == nil {
+			o.Postgres.Settings = map[string]string{}
+		}
+		o.Postgres.Settings["listen_addresses"] = "127.0.0.1," + o.TargetHost
+		o.Postgres.HBA = append(o.Postgres.HBA, "hostssl all all samenet scram-sha-256")
+	}
 	if c.PG, err = pgserver.Run(ctx, o.Postgres); err != nil {
 		return nil, err
 	}
@@ -151,8 +175,8 @@ func Start(ctx context.Context, o Options) (_ *Cluster, err error) {
 	if err := c.startIssuer(ctx); err != nil {
 		return nil, err
 	}
-	for i := range o.Nodes {
-		if err := c.addNode(ctx, i); err != nil {
+	for range o.Nodes {
+		if _, err := c.AddNode(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -208,14 +232,28 @@ func (c *Cluster) startIssuer(ctx context.Context) error {
 	return err
 }
 
-// addNode makes and starts node i: the first makes the cluster, the others join.
-func (c *Cluster) addNode(ctx context.Context, i int) error {
-	addr, err := freeAddr()
-	if err != nil {
-		return err
+// IssuerAddr is the trial issuer's address on loopback.
+func (c *Cluster) IssuerAddr() string { return strings.TrimPrefix(c.issuer.URL(), "https://") }
+
+// AddNode makes and starts one more node and returns when it serves. The first
+// makes the cluster, the others join.
+func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
+	i := len(c.Nodes)
+	place := &Place{}
+	var err error
+	if c.opts.Place != nil {
+		if place, err = c.opts.Place(i); err != nil {
+			return nil, err
+		}
+	}
+	addr := net.JoinHostPort(place.Host, "7000")
+	if place.Host == "" {
+		if addr, err = freeAddr(); err != nil {
+			return nil, err
+		}
 	}
 	name := fmt.Sprintf("n%d", i+1)
-	n := &Node{Name: name, Addr: addr, DataDir: filepath.Join(c.Dir, name), LogFile: filepath.Join(c.Dir, name+".log"), c: c}
+	n := &Node{Name: name, Addr: addr, DataDir: filepath.Join(c.Dir, name), LogFile: filepath.Join(c.Dir, name+".log"), c: c, place: place}
 	settings := []string{"--name", name, "--data-dir", n.DataDir, "--addr", addr, "--recordings", c.Recordings, "--dev"}
 	if i == 0 {
 		c.opts.Log("making the cluster with node %s at %s", name, addr)
@@ -224,17 +262,20 @@ func (c *Cluster) addNode(ctx context.Context, i int) error {
 		c.opts.Log("joining node %s at %s", name, addr)
 		var token string
 		if token, err = c.CLI(ctx, c.AdminEnv(), "cluster", "token", "create"); err == nil {
-			_, err = c.CLI(ctx, nil, append([]string{"cluster", "join", "--token", strings.TrimSpace(token), "--server", c.Nodes[0].Addr}, settings...)...)
+			_, err = c.CLI(ctx, nil, append([]string{"cluster", "join", "--token", strings.TrimSpace(token), "--server", c.running()[0].Addr}, settings...)...)
 		}
 	}
+	if err == nil && place.Prepare != nil {
+		err = place.Prepare(n.DataDir)
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c.Nodes = append(c.Nodes, n)
 	if err := n.Start(); err != nil {
-		return err
+		return nil, err
 	}
-	return c.WaitReady(ctx)
+	return n, c.WaitReady(ctx)
 }
 
 // configure writes the configuration and applies it.
@@ -290,13 +331,10 @@ func (c *Cluster) Stop() {
 // WaitReady returns when the running nodes are reachable, agree on a leader,
 // and have the same events and the same configuration.
 func (c *Cluster) WaitReady(ctx context.Context) error {
-	var running []*Node
+	running := c.running()
 	var servers []string
-	for _, n := range c.Nodes {
-		if n.Running() {
-			running = append(running, n)
-			servers = append(servers, n.Addr)
-		}
+	for _, n := range running {
+		servers = append(servers, n.Addr)
 	}
 	if len(running) == 0 {
 		return errors.New("no node is running")
@@ -314,6 +352,15 @@ func (c *Cluster) WaitReady(ctx context.Context) error {
 		}
 		return agree(st, running)
 	})
+}
+
+func (c *Cluster) running() (running []*Node) {
+	for _, n := range c.Nodes {
+		if n.Running() {
+			running = append(running, n)
+		}
+	}
+	return running
 }
 
 // agree says what keeps the nodes from being ready, or nil.
@@ -519,7 +566,13 @@ func (n *Node) Start() error {
 	if n.p.running() {
 		return fmt.Errorf("node %s is running", n.Name)
 	}
-	p, err := n.c.spawn(n.LogFile, append([]string{"serve", "--data-dir", n.DataDir, "--dev"}, n.c.opts.ServeArgs...)...)
+	cmd := exec.Command(n.c.Binary, append([]string{"serve", "--data-dir", n.DataDir, "--dev"}, n.c.opts.ServeArgs...)...)
+	cmd.Env = append(append(n.c.cleanEnv(), n.c.opts.Env...), n.place.Env...)
+	start := cmd.Start
+	if n.place.Start != nil {
+		start = func() error { return n.place.Start(cmd) }
+	}
+	p, err := n.c.spawnBy(n.LogFile, cmd, start)
 	n.p = p
 	return err
 }
@@ -628,6 +681,10 @@ func (c *Cluster) spawn(logFile string, args ...string) (*Process, error) {
 // Spawn starts cmd, with its output appended to logFile, as a process that
 // ends with the cluster at the latest.
 func (c *Cluster) Spawn(logFile string, cmd *exec.Cmd) (*Process, error) {
+	return c.spawnBy(logFile, cmd, cmd.Start)
+}
+
+func (c *Cluster) spawnBy(logFile string, cmd *exec.Cmd, start func() error) (*Process, error) {
 	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
@@ -639,7 +696,7 @@ func (c *Cluster) Spawn(logFile string, cmd *exec.Cmd) (*Process, error) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Setpgid = true // Ctrl-C is the parent's to handle
-	if err := cmd.Start(); err != nil {
+	if err := start(); err != nil {
 		return nil, err
 	}
 	pid := cmd.Process.Pid

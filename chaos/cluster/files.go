@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"fmt"
+	"net"
+	"strconv"
 
 	"github.com/sallyport/sallyport/node/credential"
 )
@@ -71,6 +73,10 @@ GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO app_rw;
 // defaultFiles is a configuration with one target, the trial issuer as CI
 // platform and as people's login, and rules for both.
 func (c *Cluster) defaultFiles(issuerCA []byte) map[string]string {
+	target := c.PG.Addr
+	if h := c.opts.TargetHost; h != "" {
+		target = net.JoinHostPort(h, strconv.Itoa(c.PG.Port))
+	}
 	return map[string]string{
 		"postgres-ca.pem": string(c.PG.CAPEM),
 		"issuer-ca.pem":   string(issuerCA),
@@ -79,6 +85,7 @@ name: %s
 address: %s
 tls:
   caFile: postgres-ca.pem
+  serverName: 127.0.0.1
 admin:
   user: %s
   passwordEnv: TARGET_PASSWORD
@@ -89,7 +96,7 @@ roles:
   - {groups: [ci], role: app_ro}
 sensitive:
   - {database: shop, schema: public, table: users, column: email}
-`, TargetName, c.PG.Addr, adminUser),
+`, TargetName, target, adminUser),
 		"providers.yaml": fmt.Sprintf(`kind: IdentityProvider
 name: ci
 issuer: %[1]s
