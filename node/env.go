@@ -445,7 +445,7 @@ func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []
 
 // signMember issues a member's certificate with the CA's key, unsealed for
 // just this.
-func (n *Node) signMember(req *api.JoinRequest) (event.NodeInfo, error) {
+func (n *Node) signMember(req *api.JoinRequest, role string) (event.NodeInfo, error) {
 	v := n.state.View()
 	vlt := n.vault.Load()
 	if vlt == nil {
@@ -459,7 +459,7 @@ func (n *Node) signMember(req *api.JoinRequest) (event.NodeInfo, error) {
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
-	return signNode(ca, vlt, req, n.cluster, time.Now())
+	return signNode(ca, vlt, req, n.cluster, role, time.Now())
 }
 
 // fence answers when this node has stopped everything of the revocations up to

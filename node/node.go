@@ -57,6 +57,7 @@ type Node struct {
 
 	key     *ecdsa.PrivateKey
 	cert    *x509.Certificate
+	role    string // of the certificate: pki.Voter, pki.Gateway or pki.Connector
 	ca      *x509.Certificate
 	cluster string
 	ident   *vault.NodeIdentity
@@ -107,13 +108,13 @@ func New(cfg *config.Config, version string, log *slog.Logger) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := pki.VerifyPeer(n.cert, pki.Pool(n.ca.Raw), id.Cluster, pki.Voter); err != nil {
+	if _, err := pki.VerifyPeer(n.cert, pki.Pool(n.ca.Raw), id.Cluster, pki.NodeRoles...); err != nil {
 		return nil, fmt.Errorf("this node's certificate is not good: %w", err)
 	}
 	if id.Name != cfg.Name {
 		return nil, fmt.Errorf("%s names the node %q, its certificate %q", config.FileName, cfg.Name, id.Name)
 	}
-	n.cluster = id.Cluster
+	n.cluster, n.role = id.Cluster, id.Role
 	if n.ident, err = vault.LoadNodeIdentity(file(identityFile)); err != nil {
 		return nil, err
 	}
@@ -162,7 +163,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Certificate: func() (*tls.Certificate, error) { return cert, nil },
 		Roots:       func() *x509.CertPool { return pki.Pool(n.ca.Raw) },
 		Authorize:   n.authorizePeer,
-		Classes:     []string{transport.ClassRaft, transport.ClassMesh},
+		Classes:     transport.Classes,
 		ResetKey:    n.resetKey(),
 		Log:         n.log,
 	})
@@ -336,24 +337,6 @@ func (n *Node) fail(err error) {
 	case n.fatal <- err:
 	default:
 	}
-}
-
-// authorizePeer says which node a certificate is of, and refuses those that
-// were removed. Before the node has any state, the CA's word is enough: it has
-// just joined and must hear from the others.
-func (n *Node) authorizePeer(_ string, leaf *x509.Certificate) (string, error) {
-	id, err := pki.VerifyPeer(leaf, pki.Pool(n.ca.Raw), n.cluster, pki.Voter)
-	if err != nil {
-		return "", err
-	}
-	v := n.state.View()
-	if v.Removed[id.Name] {
-		return "", fmt.Errorf("node %s was removed from the cluster", id.Name)
-	}
-	if info, known := v.Nodes[id.Name]; known && !leaf.Equal(mustCert(info.Cert)) {
-		return "", fmt.Errorf("node %s has another certificate", id.Name)
-	}
-	return id.Name, nil
 }
 
 func mustCert(der []byte) *x509.Certificate {

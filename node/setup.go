@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/subtle"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -15,7 +14,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/sallyport/sallyport/node/api"
@@ -91,7 +89,7 @@ func Init(o InitOptions) error {
 	if err != nil {
 		return err
 	}
-	info, err := signNode(ca, v, &api.JoinRequest{Name: c.Name, Addr: c.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient()}, o.Cluster, now)
+	info, err := signNode(ca, v, &api.JoinRequest{Name: c.Name, Addr: c.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient()}, o.Cluster, pki.Voter, now)
 	if err != nil {
 		return err
 	}
@@ -183,7 +181,7 @@ func keptKeys(dir string) (*ecdsa.PrivateKey, *vault.NodeIdentity, []byte, error
 const caKeyName = "ca-key"
 
 // signNode makes a member's certificate and wraps the vault for it.
-func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster string, now time.Time) (event.NodeInfo, error) {
+func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster, role string, now time.Time) (event.NodeInfo, error) {
 	host, _, err := net.SplitHostPort(req.Addr)
 	if err != nil {
 		return event.NodeInfo{}, fmt.Errorf("addr: %w", err)
@@ -193,7 +191,7 @@ func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster string, 
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
-	cert, err := ca.SignNode(req.CSR, cluster, pki.Voter, req.Name, sans, now)
+	cert, err := ca.SignNode(req.CSR, cluster, role, req.Name, sans, now)
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
@@ -201,7 +199,7 @@ func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster string, 
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
-	return event.NodeInfo{Name: req.Name, Addr: req.Addr, Role: pki.Voter, Cert: cert, Recipient: req.Recipient, VaultWrap: wrap}, nil
+	return event.NodeInfo{Name: req.Name, Addr: req.Addr, Role: role, Cert: cert, Recipient: req.Recipient, VaultWrap: wrap}, nil
 }
 
 // JoinOptions say how to join a cluster.
@@ -215,14 +213,11 @@ type JoinOptions struct {
 // Join makes the data directory of a new member. The token's last part pins
 // the cluster's CA: a server that does not chain to it is not told the secret.
 func Join(ctx context.Context, o JoinOptions) error {
-	parts := strings.Split(strings.TrimSpace(o.Token), ".")
-	if len(parts) != 4 || parts[0] != "sp1" {
-		return errors.New("that is no join token: want the whole line that `sallyport cluster token create` printed, sp1.….….…")
+	tok, err := api.ParseJoinToken(o.Token)
+	if err != nil {
+		return err
 	}
-	pin, err := base64.RawURLEncoding.DecodeString(parts[3])
-	if err != nil || len(pin) != 32 {
-		return errors.New("the join token is damaged: its last part is not a hash")
-	}
+	pin := tok.Pin[:]
 	if err := prepare(o.Config); err != nil {
 		return err
 	}
@@ -237,9 +232,11 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err != nil {
 		return err
 	}
-	rep, err := cl.Join(ctx, &api.JoinRequest{
-		TokenID: parts[1], Secret: parts[2], Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient(),
-	})
+	req := &api.JoinRequest{Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient()}
+	if err := req.Sign(tok); err != nil {
+		return err
+	}
+	rep, err := cl.Join(ctx, req)
 	if err != nil {
 		return err
 	}
@@ -250,7 +247,7 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err != nil {
 		return err
 	}
-	if _, err := pki.VerifyPeer(cert, pki.Pool(rep.CA), rep.Cluster, pki.Voter); err != nil {
+	if _, err := pki.VerifyPeer(cert, pki.Pool(rep.CA), rep.Cluster, pki.NodeRoles...); err != nil {
 		return fmt.Errorf("the certificate received is not good: %w", err)
 	}
 	peers, err := json.Marshal(rep.Peers)
@@ -281,7 +278,7 @@ func verifyPinned(chain []*x509.Certificate, pin []byte) error {
 	if err != nil {
 		return err
 	}
-	_, err = pki.VerifyPeer(chain[0], pool, id.Cluster, pki.Voter)
+	_, err = pki.VerifyPeer(chain[0], pool, id.Cluster, pki.NodeRoles...)
 	return err
 }
 

@@ -73,14 +73,30 @@ Next:
 func clusterToken(f *clientFlags) *cobra.Command {
 	c := &cobra.Command{Use: "token", Short: "Make tokens for new nodes"}
 	var ttl time.Duration
+	var role string
 	create := &cobra.Command{
 		Use: "create", Short: "Make a one-time token for `cluster join`", Args: noArgs,
+		Long: `Makes a token with which one node may join, in the role given here: a voter
+takes part in Raft and may be promoted to lead, a gateway only serves sessions
+and follows. The role goes into the node's certificate and cannot be changed.
+The token's secret is made by this command and is sent to nobody; the token is
+dead when a node it was made through is removed.`,
+		Example: `  sallyport cluster token create
+  sallyport cluster token create --role gateway --ttl 15m`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cl, err := f.client()
+			s, err := f.resolve()
 			if err != nil {
 				return err
 			}
-			t, err := cl.JoinToken(cmd.Context(), ttl)
+			cl, err := s.client()
+			if err != nil {
+				return err
+			}
+			ca, err := pki.ParseCertPEM([]byte(s.CA))
+			if err != nil {
+				return err
+			}
+			t, err := cl.JoinToken(cmd.Context(), ttl, role, ca.Raw)
 			if err != nil {
 				return err
 			}
@@ -88,11 +104,12 @@ func clusterToken(f *clientFlags) *cobra.Command {
 				return printJSON(cmd.OutOrStdout(), t)
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), t.Token)
-			say(cmd.ErrOrStderr(), "Good for one node until %s. It pins the cluster's CA.", stamp(t.Expires))
+			say(cmd.ErrOrStderr(), "Good for one node, as %s, until %s. It pins the cluster's CA.", t.Role, stamp(t.Expires))
 			return nil
 		},
 	}
 	create.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it may be used, 1m to 24h")
+	create.Flags().StringVar(&role, "role", pki.Voter, "what the node will be: voter or gateway")
 	c.AddCommand(create)
 	return c
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -158,9 +160,19 @@ func (c *Client) Apply(ctx context.Context, up *ConfigUpload) (*ConfigResult, er
 	return call[ConfigResult](ctx, c, http.MethodPost, "/v1/config", up)
 }
 
-// JoinToken makes a one-time token for a new node.
-func (c *Client) JoinToken(ctx context.Context, ttl time.Duration) (*JoinTokenReply, error) {
-	return call[JoinTokenReply](ctx, c, http.MethodPost, "/v1/cluster/tokens", JoinTokenRequest{ttl})
+// JoinToken makes a one-time token for a new node of a role. The secret in it is
+// made here and goes nowhere; ca is the cluster's authority, DER, which the
+// token pins.
+func (c *Client) JoinToken(ctx context.Context, ttl time.Duration, role string, ca []byte) (*JoinTokenReply, error) {
+	pub, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	rep, err := call[JoinTokenReply](ctx, c, http.MethodPost, "/v1/cluster/tokens", JoinTokenRequest{TTL: ttl, Role: role, Key: pub})
+	if err == nil {
+		rep.Token = joinToken(rep.ID, key.Seed(), ca)
+	}
+	return rep, err
 }
 
 // Join makes a node a member.

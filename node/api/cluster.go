@@ -2,12 +2,10 @@ package api
 
 import (
 	"bytes"
+	"cmp"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"crypto/subtle"
+	"crypto/ed25519"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -20,6 +18,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/config"
+	"github.com/sallyport/sallyport/node/pki"
 	"github.com/sallyport/sallyport/node/tunnel"
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
@@ -132,10 +131,8 @@ func eventInfo(e event.Event) EventInfo {
 	return i
 }
 
-// Join tokens are "sp1.ID.SECRET.CAHASH": the node that presents one knows by
-// the hash which CA it may talk to, before it sends the secret.
-
-// makeToken makes a one-time token for a new node.
+// makeToken stores a one-time token for a new node: its role and the public half
+// of its secret.
 func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
 	var in JoinTokenRequest
 	if err := r.decode(&in); err != nil {
@@ -144,27 +141,30 @@ func (s *Server) makeToken(w http.ResponseWriter, r *request) (any, error) {
 	if in.TTL == 0 {
 		in.TTL = time.Hour
 	}
-	if in.TTL < time.Minute || in.TTL > 24*time.Hour {
-		return nil, invalid("a join token lives between 1m and 24h")
+	if in.Role == "" {
+		in.Role = pki.Voter
 	}
-	secret := make([]byte, 24)
-	_, _ = rand.Read(secret) // never fails: crypto/rand
+	switch {
+	case in.TTL < time.Minute || in.TTL > 24*time.Hour:
+		return nil, invalid("a join token lives between 1m and 24h")
+	case in.Role != pki.Voter && in.Role != pki.Gateway:
+		return nil, invalid("role %q: a node joins as %s or %s", in.Role, pki.Voter, pki.Gateway)
+	case len(in.Key) != ed25519.PublicKeySize:
+		return nil, invalid("key: want the token's Ed25519 public key, 32 bytes")
+	}
 	id := hex.EncodeToString(r.id[:6])
-	hash := sha256.Sum256(secret)
-	ca := sha256.Sum256(s.State.View().CA)
-	made := event.JoinTokenMade{ID: id, Hash: hash[:], Expires: s.Now().Add(in.TTL).UTC()}
+	made := event.JoinTokenMade{ID: id, Key: in.Key, Expires: s.Now().Add(in.TTL).UTC(), Role: in.Role, Nodes: []string{s.Node}}
+	if peer := tunnel.Peer(r.Context()); peer != "" && peer != s.Node {
+		made.Nodes = append(made.Nodes, peer)
+	}
 	ev, err := s.propose(w, r, event.TypeJoinTokenMade, "jointoken/"+id, 0, made)
 	if err != nil {
 		return nil, err
 	}
-	if p, err := event.Decode[event.JoinTokenMade](ev); err != nil || !bytes.Equal(p.Hash, made.Hash) {
-		return nil, &Failure{&Problem{Code: "conflict", Status: http.StatusConflict, Error: "this call made a token before, whose secret is shown once only: make another one"}}
+	if p, err := event.Decode[event.JoinTokenMade](ev); err != nil || !bytes.Equal(p.Key, made.Key) {
+		return nil, &Failure{&Problem{Code: "conflict", Status: http.StatusConflict, Error: "this call made a token before, for another key: make another one"}}
 	}
-	enc := base64.RawURLEncoding
-	return JoinTokenReply{
-		Token:   "sp1." + id + "." + enc.EncodeToString(secret) + "." + enc.EncodeToString(ca[:]),
-		Expires: made.Expires,
-	}, nil
+	return JoinTokenReply{ID: id, Role: in.Role, Expires: made.Expires}, nil
 }
 
 // join makes a node a member. The token is the only credential; two events,
@@ -211,10 +211,14 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 		Error: "the join token is not known, was used already or has expired: make a new one with `sallyport cluster token create`"}}
 	v := s.State.View()
 	tok, ok := v.JoinTokens[in.TokenID]
-	secret, err := base64.RawURLEncoding.DecodeString(in.Secret)
-	sum := sha256.Sum256(secret)
-	if !ok || err != nil || subtle.ConstantTimeCompare(sum[:], tok.Hash) != 1 || s.Now().After(tok.Expires) {
+	if !ok || !in.presents(&tok.JoinTokenMade) || s.Now().After(tok.Expires) {
 		return nil, denied
+	}
+	for _, n := range tok.Nodes {
+		if _, member := v.Nodes[n]; !member && tok.UsedBy == "" {
+			return nil, &Failure{&Problem{Code: "unauthenticated", Status: http.StatusUnauthorized,
+				Error: fmt.Sprintf("the join token was made through node %s, which was removed since, and its unused tokens with it: make a new one", n)}}
+		}
 	}
 	if tok.UsedBy != "" {
 		// The answer to the node that used it may have been lost.
@@ -237,7 +241,7 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 	if err := s.auditJoin(r, in, "permit", ""); err != nil {
 		return nil, fmt.Errorf("this node cannot record now, and nothing happens unrecorded: %w", err)
 	}
-	info, err := s.SignNode(in)
+	info, err := s.SignNode(in, cmp.Or(tok.Role, pki.Voter))
 	if err != nil {
 		return nil, invalid("%v", err)
 	}
@@ -339,6 +343,10 @@ func (s *Server) meshAnnounce(w http.ResponseWriter, r *http.Request) {
 	info := s.State.View().Nodes[peer]
 	if !s.Store.IsLeader() {
 		fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
+		return
+	}
+	if info.Role != pki.Voter {
+		fail(w, &Problem{Code: "forbidden", Error: fmt.Sprintf("node %s is a %s and has no part in Raft", peer, info.Role), Status: http.StatusForbidden})
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), 15*time.Second)

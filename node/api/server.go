@@ -65,8 +65,8 @@ type Deps struct {
 	VerifyToken func(ctx context.Context, token string) (*policy.Subject, error)
 	Seal        func(name string, plain []byte) (event.Sealed, error)
 	Open        func(name string, sealed event.Sealed) ([]byte, error)
-	// SignNode issues a member's certificate, wrapping the vault for it.
-	SignNode func(req *JoinRequest) (event.NodeInfo, error)
+	// SignNode issues a member's certificate for a role, wrapping the vault for it.
+	SignNode func(req *JoinRequest, role string) (event.NodeInfo, error)
 	// Fence returns when this node has stopped everything of the revocations
 	// known up to seq.
 	Fence func(ctx context.Context, seq uint64) (event.NodeFenced, error)

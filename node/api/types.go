@@ -102,19 +102,29 @@ type ConfigDownload struct {
 
 // JoinTokenRequest asks for a token for `cluster join`.
 type JoinTokenRequest struct {
-	TTL time.Duration `json:"ttl_ns"`
+	TTL  time.Duration `json:"ttl_ns"`
+	Role string        `json:"role,omitempty"` // voter (also when empty) or gateway
+	// Key is the token's Ed25519 public key. The caller keeps the private half,
+	// which is the token's secret: no node ever sees it.
+	Key []byte `json:"key"`
 }
 
-// JoinTokenReply holds the token; it is shown once.
+// JoinTokenReply names the token that was made. Token is put together by the
+// client.
 type JoinTokenReply struct {
-	Token   string    `json:"token"`
+	ID      string    `json:"id"`
+	Role    string    `json:"role"`
+	Token   string    `json:"token,omitempty"`
 	Expires time.Time `json:"expires"`
 }
 
-// JoinRequest is a new node's. It is authenticated by the token alone.
+// JoinRequest is a new node's. It is authenticated by the token alone: Proof is
+// a signature over all the rest, so that a node that hands the request on can
+// neither change it nor use the token itself.
 type JoinRequest struct {
 	TokenID   string   `json:"token_id"`
-	Secret    string   `json:"secret"`
+	Proof     []byte   `json:"proof,omitempty"`  // see Sign
+	Secret    string   `json:"secret,omitempty"` // of tokens that earlier builds made
 	Name      string   `json:"name"`
 	Addr      string   `json:"addr"`
 	CSR       []byte   `json:"csr"` // DER; only its public key is used

@@ -37,6 +37,10 @@ const (
 	Admin     = "admin"
 )
 
+// NodeRoles are those that a node can have. A certificate says which; the
+// builds before roles made all nodes voters.
+var NodeRoles = []string{Voter, Gateway, Connector}
+
 const (
 	// CAValidity is how long a certificate authority lives.
 	CAValidity = 10 * 365 * 24 * time.Hour

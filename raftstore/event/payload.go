@@ -26,7 +26,7 @@ type Sealed []byte
 type NodeInfo struct {
 	Name      string `json:"name"`
 	Addr      string `json:"addr"`       // host:port, the same port number for TCP and QUIC
-	Role      string `json:"role"`       // "voter"
+	Role      string `json:"role"`       // voter, gateway or connector, as in its certificate
 	Cert      []byte `json:"cert"`       // DER; its key signs the node's recordings
 	Recipient string `json:"recipient"`  // age recipient of the node
 	VaultWrap []byte `json:"vault_wrap"` // the vault identity, encrypted to Recipient
@@ -58,10 +58,18 @@ type NodeRemoved struct {
 	Reason string `json:"reason"`
 }
 
+// JoinTokenMade lets one node join. Since version 2 the token's secret is a key
+// that its maker keeps: nodes see the public half only, and a join request is
+// signed with it.
 type JoinTokenMade struct {
 	ID      string    `json:"id"`
-	Hash    []byte    `json:"hash"` // SHA-256 of the secret part
+	Hash    []byte    `json:"hash,omitempty"` // version 1: SHA-256 of the secret part
+	Key     []byte    `json:"key,omitempty"`  // version 2: Ed25519 public key
 	Expires time.Time `json:"expires"`
+	Role    string    `json:"role,omitempty"` // of the node that joins with it; voter when empty
+	// Nodes are those that had a hand in it, the leader and the one that took the
+	// call: the token is dead when one of them is removed.
+	Nodes []string `json:"nodes,omitempty"`
 }
 
 type JoinTokenUsed struct {

@@ -141,7 +141,7 @@ func Endpoint(t testing.TB, ca *CA, cert *tls.Certificate, n *Network, resetKey 
 		Certificate: func() (*tls.Certificate, error) { return cert, nil },
 		Roots:       ca.Pool,
 		Authorize:   func(_ string, leaf *x509.Certificate) (string, error) { return leaf.Subject.CommonName, nil },
-		Classes:     []string{transport.ClassRaft, transport.ClassMesh},
+		Classes:     transport.Classes,
 		ResetKey:    resetKey,
 		Log:         Logger(t),
 	})

@@ -25,11 +25,19 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// Classes of traffic: the ALPN names.
+// Classes of traffic: the ALPN names. Each has a connection of its own to each
+// peer, so that a snapshot queues before no lease. Which roles may speak a class
+// is the owner's Authorize to say.
 const (
-	ClassRaft = "sallyport-raft/1"
-	ClassMesh = "sallyport-mesh/1"
+	ClassRaft   = "sallyport-raft/1"   // votes, entries, heartbeats: voters only
+	ClassBulk   = "sallyport-bulk/1"   // snapshots: voters only
+	ClassFence  = "sallyport-fence/1"  // leases and revocations
+	ClassEvents = "sallyport-events/1" // the event stream to those outside Raft
+	ClassMesh   = "sallyport-mesh/1"   // calls between nodes, and sessions tunnelled
 )
+
+// Classes are all of them.
+var Classes = []string{ClassRaft, ClassBulk, ClassFence, ClassEvents, ClassMesh}
 
 const (
 	handshakeTimeout = 5 * time.Second

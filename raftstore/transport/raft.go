@@ -58,11 +58,13 @@ type RaftConfig struct {
 //     can apply entries nobody committed (hashicorp/raft #695).
 //   - No pipeline: an error in it can wedge a follower for good (#612).
 //   - The watchdog of ErrDiskStalled.
+//   - Snapshots go over a connection of their own (ClassBulk): votes and
+//     heartbeats do not queue behind them.
 type Raft struct {
 	cfg     RaftConfig
-	out     *raft.NetworkTransport
-	dials   *dialLayer
-	ln      *Listener
+	out     lane // ClassRaft
+	bulk    lane // ClassBulk
+	lns     []*Listener
 	consume chan raft.RPC
 	done    chan struct{}
 	wg      sync.WaitGroup
@@ -83,15 +85,34 @@ var (
 	_ raft.WithClose   = (*Raft)(nil)
 )
 
-// NewRaft starts the transport: it accepts ClassRaft at the endpoint.
+// NewRaft starts the transport: it accepts ClassRaft and ClassBulk at the endpoint.
 func NewRaft(cfg RaftConfig) *Raft {
 	t := &Raft{cfg: cfg, consume: make(chan raft.RPC), done: make(chan struct{})}
 	t.mu.in = make(map[string]*inbound)
-	t.dials = newDialLayer(cfg.Endpoint, cfg.Addr)
-	t.out = t.network(t.dials)
-	t.ln = cfg.Endpoint.Listener(ClassRaft)
-	t.wg.Go(t.acceptLoop)
+	t.out, t.bulk = t.lane(ClassRaft), t.lane(ClassBulk)
+	for _, class := range []string{ClassRaft, ClassBulk} {
+		ln := cfg.Endpoint.Listener(class)
+		t.lns = append(t.lns, ln)
+		t.wg.Go(func() { t.acceptLoop(ln) })
+	}
 	return t
+}
+
+// lane is what calls of one class go out through.
+type lane struct {
+	*raft.NetworkTransport
+	dials *dialLayer
+}
+
+func (t *Raft) lane(class string) lane {
+	d := newDialLayer(t.cfg.Endpoint, class, t.cfg.Addr)
+	return lane{t.network(d), d}
+}
+
+func (l lane) close() error {
+	err := l.NetworkTransport.Close()
+	l.dials.closeAll()
+	return err
 }
 
 // SetRaft names the raft this transport serves, once raft.NewRaft returned.
@@ -118,8 +139,11 @@ func (t *Raft) Close() error {
 	ins := t.mu.in
 	t.mu.Unlock()
 
-	err := errors.Join(t.ln.Close(), t.out.Close())
-	t.dials.closeAll()
+	var err error
+	for _, ln := range t.lns {
+		err = errors.Join(err, ln.Close())
+	}
+	err = errors.Join(err, t.out.close(), t.bulk.close())
 	for _, in := range ins {
 		err = errors.Join(err, in.nt.Close())
 	}
@@ -134,9 +158,9 @@ type inbound struct {
 	layer *streamLayer
 }
 
-func (t *Raft) acceptLoop() {
+func (t *Raft) acceptLoop(ln *Listener) {
 	for {
-		c, err := t.ln.Accept()
+		c, err := ln.Accept()
 		if err != nil {
 			return // closed
 		}
@@ -276,7 +300,7 @@ func (t *Raft) RequestPreVote(id raft.ServerID, a raft.ServerAddress, q *raft.Re
 
 // InstallSnapshot sends a snapshot.
 func (t *Raft) InstallSnapshot(id raft.ServerID, a raft.ServerAddress, q *raft.InstallSnapshotRequest, p *raft.InstallSnapshotResponse, data io.Reader) error {
-	return t.out.InstallSnapshot(id, target(id, a), q, p, data)
+	return t.bulk.InstallSnapshot(id, target(id, a), q, p, data)
 }
 
 // TimeoutNow tells a server to start an election.
@@ -328,6 +352,7 @@ func (l *streamLayer) Dial(raft.ServerAddress, time.Duration) (net.Conn, error) 
 type dialLayer struct {
 	*streamLayer
 	e      *Endpoint
+	class  string
 	ctx    context.Context // ends with closeAll
 	cancel context.CancelFunc
 
@@ -335,8 +360,8 @@ type dialLayer struct {
 	open map[*Conn]struct{} // nil once closed
 }
 
-func newDialLayer(e *Endpoint, addr string) *dialLayer {
-	l := &dialLayer{streamLayer: newStreamLayer(addr), e: e, open: make(map[*Conn]struct{})}
+func newDialLayer(e *Endpoint, class, addr string) *dialLayer {
+	l := &dialLayer{streamLayer: newStreamLayer(addr), e: e, class: class, open: make(map[*Conn]struct{})}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l
 }
@@ -348,7 +373,7 @@ func (l *dialLayer) Dial(a raft.ServerAddress, timeout time.Duration) (net.Conn,
 	}
 	ctx, cancel := context.WithTimeout(l.ctx, timeout)
 	defer cancel()
-	c, err := l.e.Dial(ctx, ClassRaft, string(a[i+1:]), string(a[:i]))
+	c, err := l.e.Dial(ctx, l.class, string(a[i+1:]), string(a[:i]))
 	if err != nil {
 		return nil, err
 	}
