@@ -35,7 +35,8 @@ type View struct {
 	AdminCertFP    string
 
 	Nodes       map[string]event.NodeInfo
-	Removed     map[string]bool // names of nodes that were members once
+	Superseded  map[string][]byte // by node: the certificate before Nodes' one, while both count; DER
+	Removed     map[string]bool   // names of nodes that were members once
 	JoinTokens  map[string]JoinToken
 	Approvals   map[string]*Approval
 	Revocations map[string]*Revocation
@@ -46,6 +47,13 @@ type View struct {
 	ConfigErr   error
 	ConfigIndex uint64
 	Secrets     map[string]event.Sealed
+	// SealedTo says whom each of Secrets is sealed to; one that is missing is
+	// sealed to the vault key.
+	SealedTo map[string]event.Recipients
+	// Keys are the cluster's own keys, by name. Empty while they are sealed to
+	// the vault key: before the first event.SecretsSealed.
+	Keys          map[string]event.SealedKey
+	ConfigVersion uint64 // of the aggregate "config": what an append that changes Secrets or Keys expects
 
 	bySubject map[string]standing
 }
@@ -251,6 +259,7 @@ func (f *fold) apply(e event.Event) error {
 			return err
 		}
 		delete(own(&f.v.Nodes, &f.nodes), p.Name)
+		f.supersede(p.Name, nil)
 		own(&f.v.Removed, &f.removed)[p.Name] = true
 	case event.TypeJoinTokenMade:
 		p, err := event.Decode[event.JoinTokenMade](e)
@@ -279,7 +288,20 @@ func (f *fold) apply(e event.Event) error {
 			return err
 		}
 		f.config(p)
-		f.v.ConfigIndex = e.Index
+		f.v.ConfigIndex, f.v.ConfigVersion = e.Index, e.AggregateVersion
+	case event.TypeSecretsSealed:
+		p, err := event.Decode[event.SecretsSealed](e)
+		if err != nil {
+			return err
+		}
+		f.v.ConfigVersion = e.AggregateVersion
+		f.sealed(p)
+	case event.TypeNodeRenewed:
+		p, err := event.Decode[event.NodeRenewed](e)
+		if err != nil {
+			return err
+		}
+		f.renewed(p)
 	case event.TypeApprovalAsked, event.TypeApprovalVoted, event.TypeApprovalEnded:
 		return f.approval(e)
 	case event.TypeRevoked, event.TypeRevocationUndone, event.TypeRevocationReport:
@@ -296,11 +318,54 @@ func (f *fold) config(p event.ConfigApplied) {
 	// setting, so it must not change what the configuration means: providers
 	// and targets marked dev are refused where they are used.
 	b, problems := bundle.Parse(p.Files, names, bundle.ParseOptions{Dev: true})
-	f.v.Secrets = p.Secrets
+	f.v.Secrets, f.v.SealedTo = p.Secrets, p.SealedTo
 	f.v.Config, f.v.ConfigErr = b, nil
 	if len(problems) > 0 {
 		f.v.Config, f.v.ConfigErr = nil, fmt.Errorf("%s (and %d more)", problems[0], len(problems)-1)
 	}
+}
+
+func (f *fold) sealed(p event.SecretsSealed) {
+	secrets, to, keys := maps.Clone(f.v.Secrets), maps.Clone(f.v.SealedTo), maps.Clone(f.v.Keys)
+	if to == nil {
+		to = map[string]event.Recipients{}
+	}
+	if keys == nil {
+		keys = map[string]event.SealedKey{}
+	}
+	for name, s := range p.Secrets {
+		if _, ok := secrets[name]; ok {
+			secrets[name], to[name] = s, p.SealedTo[name]
+		}
+	}
+	maps.Copy(keys, p.Keys)
+	f.v.Secrets, f.v.SealedTo, f.v.Keys = secrets, to, keys
+}
+
+func (f *fold) renewed(p event.NodeRenewed) {
+	info, ok := f.v.Nodes[p.Name]
+	switch {
+	case !ok: // removed meanwhile
+	case p.Retired:
+		f.supersede(p.Name, nil)
+	default:
+		f.supersede(p.Name, info.Cert)
+		info.Cert = p.Cert
+		own(&f.v.Nodes, &f.nodes)[p.Name] = info
+	}
+}
+
+// supersede notes the certificate that counts beside the newest of a node, or
+// that none does.
+func (f *fold) supersede(node string, cert []byte) {
+	m := maps.Clone(f.v.Superseded)
+	if m == nil {
+		m = map[string][]byte{}
+	}
+	if m[node] = cert; cert == nil {
+		delete(m, node)
+	}
+	f.v.Superseded = m
 }
 
 func (f *fold) approval(e event.Event) error {

@@ -8,6 +8,8 @@ const (
 	TypeFeatureLevel     = "cluster.feature_level" // FeatureLevel, aggregate "feature_level"
 	TypeNodeJoined       = "node.joined"           // NodeJoined, aggregate "node/NAME"
 	TypeNodeRemoved      = "node.removed"          // NodeRemoved, aggregate "node/NAME"
+	TypeNodeRenewed      = "node.renewed"          // NodeRenewed, aggregate "node/NAME"
+	TypeSecretsSealed    = "secrets.sealed"        // SecretsSealed, aggregate "config"
 	TypeJoinTokenMade    = "jointoken.made"        // JoinTokenMade, aggregate "jointoken/ID"
 	TypeJoinTokenUsed    = "jointoken.used"        // JoinTokenUsed, aggregate "jointoken/ID"
 	TypeConfigApplied    = "config.applied"        // ConfigApplied, aggregate "config"
@@ -19,8 +21,12 @@ const (
 	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"
 )
 
-// Sealed is a secret encrypted (age, X25519) to the cluster's vault key.
+// Sealed is a secret encrypted (age, X25519) to the nodes that may open it, or,
+// before a SecretsSealed, to the cluster's vault key.
 type Sealed []byte
+
+// Recipients are age recipients, sorted: whom something is sealed to.
+type Recipients []string
 
 // NodeInfo is a member as all know it.
 type NodeInfo struct {
@@ -51,6 +57,29 @@ type FeatureLevel struct {
 type NodeJoined struct {
 	Node  NodeInfo `json:"node"`
 	Token string   `json:"token"` // id of the join token it used
+}
+
+// NodeRenewed gives a member a new certificate, or, with Retired, ends the use of
+// the one before: until then both count, so that nothing is cut in between.
+type NodeRenewed struct {
+	Name    string `json:"name"`
+	Cert    []byte `json:"cert"` // DER; of a new key, for the same name and role
+	Retired bool   `json:"retired,omitempty"`
+}
+
+// SecretsSealed seals secrets anew, to the nodes that may open them now. What is
+// absent stays as it was. The first one ends the use of the cluster's one vault
+// key: from then on each secret is sealed to its nodes' own keys.
+type SecretsSealed struct {
+	Secrets  map[string]Sealed     `json:"secrets,omitempty"`   // the configuration's, by name
+	SealedTo map[string]Recipients `json:"sealed_to,omitempty"` // whom each of Secrets is sealed to now
+	Keys     map[string]SealedKey  `json:"keys,omitempty"`      // the cluster's own
+}
+
+// SealedKey is a key of the cluster, such as its authority's.
+type SealedKey struct {
+	Sealed   Sealed     `json:"sealed"`
+	SealedTo Recipients `json:"sealed_to"`
 }
 
 type NodeRemoved struct {
@@ -87,7 +116,10 @@ type ConfigFile struct {
 type ConfigApplied struct {
 	Files   []ConfigFile      `json:"files"`
 	Secrets map[string]Sealed `json:"secrets"` // "target/NAME/admin-password"
-	Digest  string            `json:"digest"`  // SHA-256 hex over files, so that a second apply of the same shows no change
+	// SealedTo says whom each secret is sealed to; a secret not in it is sealed to
+	// the vault key.
+	SealedTo map[string]Recipients `json:"sealed_to,omitempty"`
+	Digest   string                `json:"digest"` // SHA-256 hex over files, so that a second apply of the same shows no change
 }
 
 type ApprovalAsked struct {

@@ -49,9 +49,11 @@ var kinds = map[string]*kind{
 	TypeFeatureLevel:     of[FeatureLevel](1), // judged by the level it names: see fsm
 	TypeNodeJoined:       of[NodeJoined](1),
 	TypeNodeRemoved:      of[NodeRemoved](1),
-	TypeJoinTokenMade:    of[JoinTokenMade](1),
+	TypeNodeRenewed:      of[NodeRenewed](2),
+	TypeSecretsSealed:    of[SecretsSealed](2),
+	TypeJoinTokenMade:    of[JoinTokenMade](1).adds(2, "key", "role", "nodes"),
 	TypeJoinTokenUsed:    of[JoinTokenUsed](1),
-	TypeConfigApplied:    of[ConfigApplied](1),
+	TypeConfigApplied:    of[ConfigApplied](1).adds(2, "sealed_to"),
 	TypeApprovalAsked:    of[ApprovalAsked](1),
 	TypeApprovalVoted:    of[ApprovalVoted](1),
 	TypeApprovalEnded:    of[ApprovalEnded](1),
