@@ -3,7 +3,9 @@ package raftstore
 import (
 	"bytes"
 	"errors"
+	"io"
 	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -44,9 +46,9 @@ func mustCache(t *testing.T, s raft.LogStore) boundaryLog {
 	return boundaryLog{c}
 }
 
-func mustSnapshots(t *testing.T, logs raft.LogStore) *snapshotStore {
+func mustSnapshots(t *testing.T, fs vfs.FS, state *fsm.FSM, logs raft.LogStore) *snapshotStore {
 	t.Helper()
-	s, err := newSnapshotStore(t.TempDir(), hclog.NewNullLogger(), logs, func(err error) { t.Error(err) })
+	s, err := newSnapshotStore(fs, "", slog.New(slog.DiscardHandler), state, logs, func(err error) { t.Error(err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,14 +91,15 @@ func TestMend(t *testing.T) {
 				}
 			}
 			var failed error
-			snaps := mustSnapshots(t, cache)
+			fs := vfs.NewMem()
+			snaps := mustSnapshots(t, fs, mustState(t, fs), cache)
 			snaps.fail = func(err error) { failed = err }
 			_, trans := raft.NewInmemTransport("a")
 			sink, err := snaps.Create(1, c.index, c.term, raft.Configuration{}, 1, trans)
 			if err != nil {
 				t.Fatal(err)
 			}
-			sink.Write([]byte("state"))
+			mustCopy(t, sink, mustSource(t, 3))
 			if err := errors.Join(sink.Close(), sink.Close()); err != nil {
 				t.Fatal(err)
 			}
@@ -147,7 +150,7 @@ func TestCatchUp(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 2 {
-			if err := catchUp(state, logs, mustSnapshots(t, logs)); err != nil {
+			if err := catchUp(state, logs, mustSnapshots(t, vfs.NewMem(), state, logs)); err != nil {
 				t.Fatal(err)
 			}
 			if h := state.Head(); h.Applied != 4 || h.Seq != 3 {
@@ -160,29 +163,22 @@ func TestCatchUp(t *testing.T) {
 		if err := logs.StoreLog(mustEntry(t, 10, 1)); err != nil {
 			t.Fatal(err)
 		}
-		if err := catchUp(state, logs, mustSnapshots(t, logs)); err == nil {
+		if err := catchUp(state, logs, mustSnapshots(t, vfs.NewMem(), state, logs)); err == nil {
 			t.Fatal("a state that the log does not continue was taken")
 		}
 	})
 	t.Run("crash before a snapshot was restored", func(t *testing.T) {
-		source := mustState(t, vfs.NewMem())
-		for i := uint64(1); i <= 5; i++ {
-			source.Apply(mustEntry(t, i, 1))
-		}
-		s, err := source.Snapshot()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer s.Release()
-		logs, state := mustLogs(t, vfs.NewMem()), mustState(t, vfs.NewMem())
-		snaps := mustSnapshots(t, logs)
+		fs := vfs.NewMem()
+		logs, state := mustLogs(t, fs), mustState(t, fs)
+		snaps := mustSnapshots(t, fs, state, logs)
 		_, trans := raft.NewInmemTransport("a")
 		// 6 and 7 were barriers. The log is not mended either.
-		sink, err := snaps.FileSnapshotStore.Create(1, 7, 1, raft.Configuration{}, 1, trans)
+		sink, err := snaps.Create(1, 7, 1, raft.Configuration{}, 1, trans)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Persist(sink); err != nil {
+		mustCopy(t, sink, mustSource(t, 5))
+		if err := sink.(*snapshotSink).commit(); err != nil {
 			t.Fatal(err)
 		}
 		if err := logs.StoreLog(mustEntry(t, 8, 1)); err != nil {
@@ -205,14 +201,280 @@ func TestCatchUp(t *testing.T) {
 			}
 		}
 		// One that does not fit what is here stops the start.
-		other := mustState(t, vfs.NewMem())
+		otherFS := vfs.NewMem()
+		other := mustState(t, otherFS)
 		l := mustEntry(t, 1, 1)
 		l.Data = bytes.Clone(mustEntry(t, 2, 1).Data)
 		other.Apply(l)
-		if err := catchUp(other, logs, snaps); !errors.Is(err, ErrDiverged) {
-			t.Fatalf("a contradicting snapshot: %v", err)
+		snaps = mustSnapshots(t, otherFS, other, logs)
+		if sink, err = snaps.Create(1, 7, 1, raft.Configuration{}, 1, trans); err != nil {
+			t.Fatal(err)
+		}
+		sinkErr := func() error {
+			e := mustExport(t, mustSource(t, 5))
+			_, err := io.Copy(sink, e)
+			return errors.Join(err, sink.Close())
+		}()
+		if !errors.Is(sinkErr, ErrDiverged) {
+			t.Fatalf("a contradicting snapshot: %v", sinkErr)
 		}
 	})
+	t.Run("the snapshot before the log is missing", func(t *testing.T) {
+		fs := vfs.NewMem()
+		logs, state := mustLogs(t, fs), mustState(t, fs)
+		for i := uint64(1); i <= 5; i++ {
+			state.Apply(mustEntry(t, i, 1))
+		}
+		if err := logs.StoreLog(mustEntry(t, 5, 1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := catchUp(state, logs, mustSnapshots(t, fs, state, logs)); err == nil {
+			t.Fatal("raft would panic")
+		}
+	})
+	t.Run("the state behind our own snapshot is gone", func(t *testing.T) {
+		fs := vfs.NewMem()
+		logs, state := mustLogs(t, fs), mustSource(t, 5)
+		snaps := mustSnapshots(t, fs, state, logs)
+		mustKeep(t, snaps, state)
+		snaps = mustSnapshots(t, fs, mustState(t, fs), logs)
+		if err := catchUp(snaps.state, logs, snaps); err == nil || !strings.Contains(err.Error(), "join again") {
+			t.Fatalf("a state without its data: %v", err)
+		}
+	})
+}
+
+// A snapshot of ours is a manifest; its data is the state at the time it is
+// opened, which may be newer. Old ones go.
+func TestOwnSnapshot(t *testing.T) {
+	fs := vfs.NewMem()
+	logs, state := mustLogs(t, fs), mustSource(t, 5)
+	snaps := mustSnapshots(t, fs, state, logs)
+	mustKeep(t, snaps, state)
+	state.Apply(mustEntry(t, 6, 1))
+	mustKeep(t, snaps, state)
+	mustKeep(t, snaps, state)
+	state.Apply(mustEntry(t, 7, 1))
+	list, err := snaps.List()
+	if err != nil || len(list) != 2 || list[0].Index != 6 || list[1].Index != 6 || list[0].ID <= list[1].ID {
+		t.Fatalf("%+v %v", list, err)
+	}
+	meta, rc, err := snaps.Open(list[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(rc)
+	if err = errors.Join(err, rc.Close()); err != nil || int64(len(b)) != meta.Size || meta.Index != 6 {
+		t.Fatalf("%d bytes, %+v, %v", len(b), meta, err)
+	}
+	if h, err := fsm.SnapshotHead(bytes.NewReader(b)); err != nil || h.Applied != 7 {
+		t.Fatalf("%+v %v", h, err)
+	}
+	names, err := fs.List("snapshots")
+	if err != nil || len(names) != 2 {
+		t.Fatalf("%v %v", names, err)
+	}
+	if _, _, err := snaps.Open("1-2-3"); err == nil {
+		t.Fatal("opened a snapshot that is not there")
+	}
+}
+
+// What does not come whole is never a snapshot.
+func TestSnapshotRefused(t *testing.T) {
+	source := mustExport(t, mustSource(t, 50))
+	good, err := io.ReadAll(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := vfs.NewMem()
+	logs, state := mustLogs(t, fs), mustState(t, fs)
+	snaps := mustSnapshots(t, fs, state, logs)
+	flipped := bytes.Clone(good)
+	flipped[len(flipped)/2] ^= 4
+	for name, b := range map[string][]byte{
+		"nothing": nil, "cut": good[:len(good)-1], "flipped": flipped, "longer": append(bytes.Clone(good), 0), "foreign": []byte("something else entirely"),
+	} {
+		sink, err := snaps.Create(1, 7, 1, raft.Configuration{}, 1, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = io.Copy(sink, bytes.NewReader(b))
+		if err == nil {
+			err = sink.Close()
+		} else {
+			sink.Cancel()
+		}
+		if err == nil {
+			t.Errorf("%s was taken", name)
+		}
+		if names, _ := fs.List("snapshots"); len(names) != 0 {
+			t.Errorf("%s left %v", name, names)
+		}
+	}
+	// A sender that went away.
+	sink, err := snaps.Create(1, 7, 1, raft.Configuration{}, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sink.Write(good[:100]); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(sink.Cancel(), sink.Cancel()); err != nil {
+		t.Fatal(err)
+	}
+	// Tables that were damaged between their arrival and their restore.
+	if sink, err = snaps.Create(1, 60, 1, raft.Configuration{}, 1, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(sink, bytes.NewReader(good)); err != nil {
+		t.Fatal(err)
+	}
+	if err := sink.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := fs.PathJoin("snapshots", sink.ID(), tablesName, "000000.sst")
+	flip(t, fs, path, 100)
+	_, rc, err := snaps.Open(sink.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := state.Restore(rc); err == nil || state.Head().Seq != 0 {
+		t.Fatalf("a damaged table was restored: %v", err)
+	}
+	flip(t, fs, path, 100)
+	if err := state.Restore(rc); err != nil || state.Head().Seq != 50 {
+		t.Fatal(err)
+	}
+	if err := state.Restore(rc); err != nil { // again: not newer
+		t.Fatal(err)
+	}
+	if meta, rc, err := snaps.Open(sink.ID()); err != nil || meta.Size != int64(len(good)) {
+		t.Fatalf("a restored snapshot cannot be sent on: %+v %v", meta, err)
+	} else {
+		rc.Close()
+	}
+}
+
+// flip changes a bit of a file.
+func flip(t *testing.T, fs vfs.FS, path string, at int64) {
+	t.Helper()
+	f, err := fs.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := f.WriteAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A snapshot in the files of builds before is restored and sent.
+func TestOldSnapshot(t *testing.T) {
+	dir := t.TempDir()
+	old, err := raft.NewFileSnapshotStoreWithLogger(dir, 2, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, trans := raft.NewInmemTransport("a")
+	sink, err := old.Create(1, 5, 1, raft.Configuration{Servers: []raft.Server{{ID: "n1", Address: "a"}}}, 1, trans)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustCopy(t, sink, mustSource(t, 5))
+	if err := sink.Close(); err != nil {
+		t.Fatal(err)
+	}
+	logs, state := mustLogs(t, vfs.NewMem()), mustState(t, vfs.NewMem())
+	snaps, err := newSnapshotStore(vfs.Default, dir, slog.New(slog.DiscardHandler), state, logs, func(err error) { t.Error(err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := snaps.List()
+	if err != nil || len(list) != 1 || list[0].Index != 5 || len(list[0].Configuration.Servers) != 1 {
+		t.Fatalf("%+v %v", list, err)
+	}
+	if err := catchUp(state, logs, snaps); err != nil || state.Head().Seq != 5 {
+		t.Fatalf("%+v %v", state.Head(), err)
+	}
+	meta, rc, err := snaps.Open(list[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(rc)
+	if err = errors.Join(err, rc.Close()); err != nil || int64(len(b)) != meta.Size {
+		t.Fatalf("%d bytes of %d, %v", len(b), meta.Size, err)
+	}
+	for range 2 { // and goes with the others
+		mustKeep(t, snaps, state)
+	}
+	if list, err = snaps.List(); err != nil || len(list) != 2 {
+		t.Fatalf("%+v %v", list, err)
+	}
+	if names, _ := snaps.fs.List(snaps.dir); len(names) != 2 {
+		t.Fatalf("left: %v", names)
+	}
+}
+
+// mustSource is a state with n events.
+func mustSource(t *testing.T, n uint64) *fsm.FSM {
+	t.Helper()
+	s := mustState(t, vfs.NewMem())
+	for i := uint64(1); i <= n; i++ {
+		s.Apply(mustEntry(t, i, 1))
+	}
+	if s.Head().Seq != n {
+		t.Fatalf("%+v %v", s.Head(), s.Err())
+	}
+	return s
+}
+
+func mustExport(t *testing.T, s *fsm.FSM) *fsm.Export {
+	t.Helper()
+	e, err := s.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.Close() })
+	return e
+}
+
+// mustCopy writes a state's stream into a sink, in pieces of all sizes.
+func mustCopy(t *testing.T, sink raft.SnapshotSink, source *fsm.FSM) {
+	t.Helper()
+	e, err := source.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	n, err := io.CopyBuffer(struct{ io.Writer }{sink}, e, make([]byte, 7))
+	if err != nil || n != e.Size {
+		t.Fatalf("%d bytes of %d, %v", n, e.Size, err)
+	}
+}
+
+// mustKeep takes a snapshot as raft does.
+func mustKeep(t *testing.T, snaps *snapshotStore, state *fsm.FSM) {
+	t.Helper()
+	s, err := state.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Release()
+	h := state.Head()
+	sink, err := snaps.Create(1, h.Applied, h.Term, raft.Configuration{}, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Persist(sink); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestBoundaryLog(t *testing.T) {

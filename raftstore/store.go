@@ -12,17 +12,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/fsm"
+	"github.com/sallyport/sallyport/raftstore/internal/disk"
 	"github.com/sallyport/sallyport/raftstore/logstore"
 	"github.com/sallyport/sallyport/raftstore/transport"
 )
@@ -69,6 +69,11 @@ const (
 	snapshotInterval  = 120 * time.Second
 	snapshotThreshold = 16384
 	trailingLogs      = 20480
+	// cacheBytes and maxOpenTables are for both databases together.
+	cacheBytes    = 64 << 20
+	maxOpenTables = 512
+	// In Config.Dir; with snapshots, which is snapshotStore's.
+	logDir, stateDir = "log", "state"
 	// strangerGrace times the heartbeat timeout is how long a node must have
 	// been without a leader to listen to one it does not know: see admit.
 	strangerGrace = 10
@@ -95,6 +100,30 @@ type Config struct {
 	// defaults: 120 s, 16384, 20480.
 	SnapshotInterval                time.Duration
 	SnapshotThreshold, TrailingLogs uint64
+
+	// WALDir is where Raft's log is synced, instead of Dir/log: a directory on
+	// another partition or disk. WALFailoverDir, on yet another one, takes the
+	// log while the first stalls. Both may be empty.
+	WALDir, WALFailoverDir string
+
+	seams seams
+}
+
+// seams are where tests put in what they can break. The zero value is the
+// product.
+type seams struct {
+	fs        vfs.FS
+	transport func(transport.RaftConfig) raftTransport
+	tune      func(*raft.Config)
+	stable    func(raft.StableStore) raft.StableStore
+}
+
+// raftTransport is what the Store needs of *transport.Raft.
+type raftTransport interface {
+	raft.Transport
+	raft.WithPreVote
+	raft.WithClose
+	SetRaft(*raft.Raft)
 }
 
 // Store is one node's event store. Safe for concurrent use.
@@ -103,7 +132,7 @@ type Store struct {
 	log   *slog.Logger
 	state *fsm.FSM
 	logs  *logstore.Store
-	trans *transport.Raft
+	trans raftTransport
 	raft  atomic.Pointer[raft.Raft] // nil until Open has started it
 
 	opened  time.Time
@@ -131,7 +160,7 @@ type Store struct {
 // Open opens what is in cfg.Dir, or an empty store, and starts Raft. An empty
 // store waits for Bootstrap, or for a leader that adds it.
 func Open(cfg Config) (_ *Store, err error) {
-	if cfg.Dir == "" || cfg.NodeID == "" || cfg.Addr == "" || cfg.Endpoint == nil {
+	if cfg.Dir == "" || cfg.NodeID == "" || cfg.Addr == "" || cfg.Endpoint == nil && cfg.seams.transport == nil {
 		return nil, errors.New("raftstore.Open: incomplete configuration")
 	}
 	setDefaults(&cfg)
@@ -145,10 +174,13 @@ func Open(cfg Config) (_ *Store, err error) {
 		done:    make(chan struct{}),
 	}
 	s.fatal.c = make(chan struct{})
-	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+	fs := cfg.seams.fs
+	if err := fs.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open the event store: %w", err)
 	}
-	s.state, err = fsm.Open(fsm.Config{Dir: filepath.Join(cfg.Dir, "state"), Log: s.log, OnFatal: s.fail})
+	shared := disk.NewShared(cacheBytes, maxOpenTables)
+	defer shared.Release() // the databases hold it
+	s.state, err = fsm.Open(fsm.Config{Dir: fs.PathJoin(cfg.Dir, stateDir), FS: fs, Shared: shared, Log: s.log, OnFatal: s.fail})
 	if err != nil {
 		return nil, err
 	}
@@ -158,8 +190,8 @@ func Open(cfg Config) (_ *Store, err error) {
 		}
 	}()
 	s.logs, err = logstore.Open(logstore.Config{
-		Dir: filepath.Join(cfg.Dir, "log"), Log: s.log, OnFatal: s.fail,
-		Committed: func() uint64 { return s.state.Head().Applied },
+		Dir: fs.PathJoin(cfg.Dir, logDir), FS: fs, WALDir: cfg.WALDir, WALFailoverDir: cfg.WALFailoverDir, Shared: shared,
+		Log: s.log, OnFatal: s.fail, Committed: s.committed,
 	})
 	if err != nil {
 		return nil, err
@@ -191,6 +223,21 @@ func setDefaults(cfg *Config) {
 	if cfg.TrailingLogs == 0 {
 		cfg.TrailingLogs = trailingLogs
 	}
+	if cfg.seams.fs == nil {
+		cfg.seams.fs = vfs.Default
+	}
+	if cfg.seams.transport == nil {
+		cfg.seams.transport = func(c transport.RaftConfig) raftTransport { return transport.NewRaft(c) }
+	}
+}
+
+// committed is an index known to be committed here.
+func (s *Store) committed() uint64 {
+	index := s.state.Head().Applied
+	if r := s.raft.Load(); r != nil {
+		index = max(index, r.CommitIndex())
+	}
+	return index
 }
 
 func (s *Store) start() error {
@@ -199,18 +246,22 @@ func (s *Store) start() error {
 	if err != nil {
 		return err
 	}
-	snaps, err := newSnapshotStore(s.cfg.Dir, hlog, cache, s.fail)
+	snaps, err := newSnapshotStore(s.cfg.seams.fs, s.cfg.Dir, s.log, s.state, cache, s.fail)
 	if err != nil {
 		return err
 	}
 	if err := catchUp(s.state, s.logs, snaps); err != nil {
 		return err
 	}
-	s.trans = transport.NewRaft(transport.RaftConfig{
+	s.trans = s.cfg.seams.transport(transport.RaftConfig{
 		Endpoint: s.cfg.Endpoint, Addr: s.cfg.Addr, Log: hlog, LogBusy: s.logs.Busy, Admit: s.admit,
 	})
 	s.wg.Go(s.watchLeadership)
-	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, boundaryLog{cache}, s.logs, snaps, s.trans)
+	stable := raft.StableStore(s.logs)
+	if s.cfg.seams.stable != nil {
+		stable = s.cfg.seams.stable(stable)
+	}
+	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, boundaryLog{cache}, stable, snaps, s.trans)
 	if err != nil {
 		return errors.Join(fmt.Errorf("start raft: %w", err), s.leave())
 	}
@@ -245,6 +296,9 @@ func (s *Store) raftConfig(hlog hclog.Logger) *raft.Config {
 	c.NoSnapshotRestoreOnStart = true // catchUp did what is needed
 	c.NotifyCh = s.notify
 	c.Logger = hlog
+	if s.cfg.seams.tune != nil {
+		s.cfg.seams.tune(c)
+	}
 	return c
 }
 

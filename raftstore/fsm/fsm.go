@@ -64,7 +64,9 @@ type Result struct {
 type Config struct {
 	Dir string
 	FS  vfs.FS // nil means the operating system's
-	Log *slog.Logger
+	// Shared are caches shared with the log's database; nil for its own.
+	Shared *disk.Shared
+	Log    *slog.Logger
 	// OnFatal hears, once, why this node must stop: divergence, an event this
 	// build does not know, a failed database. It must not block.
 	OnFatal func(error)
@@ -103,7 +105,7 @@ func Open(cfg Config) (*FSM, error) {
 		cfg.Known = event.Known
 	}
 	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
-	o := disk.Options(cfg.FS, l, memTableSize, 64<<20)
+	o := disk.Options(cfg.FS, l, memTableSize, cfg.Shared)
 	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionBalanced })
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10) // most ids asked for are new

@@ -269,26 +269,20 @@ func randomLogs(t testing.TB, rng *rand.Rand, n int) []*raft.Log {
 
 func dump(t testing.TB, n *node) []byte {
 	t.Helper()
-	s, err := n.Snapshot()
+	e, err := n.Export()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Release()
-	var b bytes.Buffer
-	if err := s.Persist(&memSink{Buffer: &b}); err != nil {
+	defer e.Close()
+	b, err := io.ReadAll(e)
+	if err != nil {
 		t.Fatal(err)
 	}
-	return b.Bytes()
+	if int64(len(b)) != e.Size {
+		t.Fatalf("the stream has %d bytes, said was %d", len(b), e.Size)
+	}
+	return b
 }
-
-type memSink struct {
-	*bytes.Buffer
-	cancelled bool
-}
-
-func (*memSink) ID() string      { return "mem" }
-func (*memSink) Close() error    { return nil }
-func (s *memSink) Cancel() error { s.cancelled = true; return nil }
 
 // However the entries are batched, and however often a crash makes raft apply
 // some again, the bytes of the state are the same.

@@ -2,6 +2,7 @@ package fsm
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 )
 
@@ -71,4 +72,16 @@ func unmarshalHead(b []byte) (Head, error) {
 	}
 	copy(h.Chain[:], b[40:])
 	return h, nil
+}
+
+// MarshalText is the head's stored bytes in hexadecimal, for manifests.
+func (h Head) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, h.marshal()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (h *Head) UnmarshalText(b []byte) error {
+	raw, err := hex.AppendDecode(nil, b)
+	if err == nil {
+		*h, err = unmarshalHead(raw)
+	}
+	return err
 }

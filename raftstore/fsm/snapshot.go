@@ -1,26 +1,22 @@
 package fsm
 
 import (
-	"bufio"
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
+	"math/bits"
 
 	"github.com/cockroachdb/pebble/v2"
-	"github.com/cockroachdb/pebble/v2/objstorage/objstorageprovider"
-	"github.com/cockroachdb/pebble/v2/sstable"
-	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
-// A snapshot is the whole state as one stream:
+// A snapshot on its way to another node is the whole state as one stream:
 //
 //	"SPSNAP1\n"
 //	head, headSize bytes
@@ -28,6 +24,10 @@ import (
 //	uvarint 0
 //	be64 number of pairs
 //	SHA-256 over everything before
+//
+// At rest it is nothing of the kind: a snapshot this node takes is its head
+// alone, since the state itself holds all of it, and a snapshot it receives is
+// written as tables while it comes in (tables.go).
 const (
 	snapshotMagic = "SPSNAP1\n"
 
@@ -36,37 +36,41 @@ const (
 	maxKey   = 1 + event.MaxAggregate
 	maxValue = 32 + event.MaxPayload + 16<<10
 
-	maxTableBytes = 64 << 20 // of each table a restore writes
+	exportBuffer = 256 << 10
 )
 
-// Snapshot pins the state as it is. raft calls it between two ApplyBatch; the
-// copy is made by Persist, while entries go on being applied. raft may name a
-// higher index in the snapshot's metadata than the head has, that of a barrier.
+// StateSink is a raft.SnapshotSink that keeps a head instead of a copy: the
+// state, synced up to it, is the snapshot.
+type StateSink interface{ KeepState(Head) error }
+
+// Snapshot remembers where the state stands, which takes microseconds. raft
+// calls it between two ApplyBatch. raft may name a higher index in the
+// snapshot's metadata than the head has, that of a barrier.
 func (f *FSM) Snapshot() (raft.FSMSnapshot, error) {
 	if err := f.haltedError(); err != nil {
 		return nil, err
 	}
-	it, err := f.db.NewIter(nil) // an iterator, unlike a pebble.Snapshot, also outlives a restore
-	if err != nil {
-		return nil, fmt.Errorf("pin the state: %w", err)
-	}
-	return &snapshot{f: f, it: it, head: *f.head.Load()}, nil
+	return &snapshot{f: f, head: *f.head.Load()}, nil
 }
 
 type snapshot struct {
 	f    *FSM
-	it   *pebble.Iterator
 	head Head
 }
 
-func (s *snapshot) Release() { s.it.Close() }
+func (s *snapshot) Release() {}
 
-// Persist writes the snapshot. The state is synced first: raft deletes log
-// entries afterwards, and from then on only the state has them.
+// Persist syncs the state and gives the sink its head; it copies no data. The
+// state must be synced first: raft deletes log entries afterwards, and from
+// then on only the state has them. The sink must be a StateSink.
 func (s *snapshot) Persist(sink raft.SnapshotSink) error {
-	err := s.f.db.LogData(nil, pebble.Sync)
+	k, ok := sink.(StateSink)
+	if !ok {
+		return errors.Join(fmt.Errorf("write a snapshot: %T keeps no head", sink), sink.Cancel())
+	}
+	err := s.f.Sync()
 	if err == nil {
-		err = s.write(sink)
+		err = k.KeepState(s.head)
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write a snapshot: %w", err), sink.Cancel())
@@ -74,39 +78,119 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 	return sink.Close()
 }
 
-func (s *snapshot) write(w io.Writer) error {
-	h := sha256.New()
-	out := bufio.NewWriterSize(io.MultiWriter(w, h), 256<<10)
-	out.WriteString(snapshotMagic)
-	out.Write(s.head.marshal())
-	n := uint64(0)
+// Sync makes everything applied so far durable.
+func (f *FSM) Sync() error { return f.db.LogData(nil, pebble.Sync) }
+
+// Export is the state, as it was when Export was called, as a stream of Size
+// bytes. It is read by one goroutine and must be closed: until then the
+// database keeps what it has replaced since.
+type Export struct {
+	Head Head
+	Size int64
+
+	it           *pebble.Iterator
+	ok           bool // it is at a pair
+	pairs        uint64
+	hash         hash.Hash
+	buf          bytes.Buffer // what comes next, at most exportBuffer and a pair
+	begun, ended bool         // the first, the last of the stream was put into buf
+}
+
+// Export pins the state and finds the size of its stream, which needs one walk
+// over it: the receiver is told the size before the first byte.
+func (f *FSM) Export() (*Export, error) {
+	if err := f.haltedError(); err != nil {
+		return nil, err
+	}
+	it, err := f.db.NewIter(nil) // an iterator, unlike a pebble.Snapshot, also outlives a restore
+	if err != nil {
+		return nil, fmt.Errorf("pin the state: %w", err)
+	}
+	e := &Export{it: it, hash: sha256.New(), Size: int64(len(snapshotMagic) + headSize + 1 + 8 + sha256.Size)}
+	if err := e.measure(); err != nil {
+		return nil, errors.Join(fmt.Errorf("measure the state: %w", err), it.Close())
+	}
+	return e, nil
+}
+
+func (e *Export) measure() error {
+	headSeen := false
+	for ok := e.it.First(); ok; ok = e.it.Next() {
+		k := e.it.Key()
+		v, err := e.it.ValueAndErr()
+		if err != nil {
+			return err
+		}
+		e.Size += int64(uvarintLen(len(k)) + uvarintLen(len(v)) + len(k) + len(v))
+		if bytes.Equal(k, keyHead) {
+			if e.Head, err = unmarshalHead(v); err != nil {
+				return err
+			}
+			headSeen = true
+		}
+	}
+	if err := e.it.Error(); err != nil {
+		return err
+	}
+	if !headSeen {
+		return errors.New("the state has no head")
+	}
+	return nil
+}
+
+func uvarintLen(n int) int { return (bits.Len64(uint64(n)|1) + 6) / 7 }
+
+// Read reads the stream.
+func (e *Export) Read(p []byte) (int, error) {
+	for e.buf.Len() == 0 {
+		if e.ended {
+			return 0, io.EOF
+		}
+		if err := e.fill(); err != nil {
+			return 0, fmt.Errorf("read the state: %w", err)
+		}
+	}
+	return e.buf.Read(p)
+}
+
+// fill puts the next part of the stream into the empty buffer.
+func (e *Export) fill() error {
+	if !e.begun {
+		e.begun = true
+		e.buf.WriteString(snapshotMagic)
+		e.buf.Write(e.Head.marshal())
+		e.ok = e.it.First()
+	}
 	var lens []byte
-	for ok := s.it.First(); ok; ok = s.it.Next() {
-		k := s.it.Key()
-		v, err := s.it.ValueAndErr()
+	for ; e.ok && e.buf.Len() < exportBuffer; e.ok = e.it.Next() {
+		k := e.it.Key()
+		v, err := e.it.ValueAndErr()
 		if err != nil {
 			return err
 		}
 		lens = binary.AppendUvarint(lens[:0], uint64(len(k)))
-		lens = binary.AppendUvarint(lens, uint64(len(v)))
-		out.Write(lens)
-		out.Write(k)
-		if _, err := out.Write(v); err != nil {
-			return err
-		}
-		n++
+		e.buf.Write(binary.AppendUvarint(lens, uint64(len(v))))
+		e.buf.Write(k)
+		e.buf.Write(v)
+		e.pairs++
 	}
-	if err := s.it.Error(); err != nil {
+	if e.ok {
+		e.hash.Write(e.buf.Bytes())
+		return nil
+	}
+	if err := e.it.Error(); err != nil {
 		return err
 	}
-	out.WriteByte(0)
-	out.Write(binary.BigEndian.AppendUint64(nil, n))
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	_, err := w.Write(h.Sum(nil))
-	return err
+	e.buf.WriteByte(0)
+	e.buf.Write(binary.BigEndian.AppendUint64(nil, e.pairs))
+	e.hash.Write(e.buf.Bytes())
+	e.buf.Write(e.hash.Sum(nil))
+	e.ended = true
+	return nil
 }
+
+// Close lets go of the state.
+func (e *Export) Close() error { return e.it.Close() }
 
 // SnapshotHead reads the head of a snapshot, and only that.
 func SnapshotHead(r io.Reader) (Head, error) {
@@ -118,216 +202,4 @@ func SnapshotHead(r io.Reader) (Head, error) {
 		return Head{}, errors.New("read a snapshot: not one of ours, or of a newer build")
 	}
 	return unmarshalHead(b[len(snapshotMagic):])
-}
-
-// Restore replaces the state by a snapshot's, in one step: readers see the one
-// or the other, also after a crash. A snapshot that is not newer than the
-// state leaves it alone. A snapshot that contradicts the state, event by
-// event's chain, stops the node.
-func (f *FSM) Restore(rc io.ReadCloser) error {
-	if err := f.haltedError(); err != nil {
-		return err
-	}
-	h, err := f.restore(rc)
-	if errors.Is(err, ErrDiverged) {
-		f.halt(fmt.Errorf("restore a snapshot: %w", err))
-		return f.haltedError()
-	}
-	if err != nil {
-		return fmt.Errorf("restore a snapshot: %w", err)
-	}
-	if h != nil {
-		f.publish(h)
-	}
-	return nil
-}
-
-func (f *FSM) restoreDir() string {
-	return f.cfg.FS.PathJoin(f.cfg.FS.PathDir(f.cfg.Dir), f.cfg.FS.PathBase(f.cfg.Dir)+".restore")
-}
-
-func (f *FSM) restore(r io.Reader) (*Head, error) {
-	s := &snapshotReader{hash: sha256.New()}
-	s.r = bufio.NewReaderSize(r, 256<<10)
-	h, err := SnapshotHead(s)
-	if err != nil {
-		return nil, err
-	}
-	now := *f.head.Load()
-	if h.Applied <= now.Applied && h.Seq <= now.Seq {
-		return nil, checkChain(f.db, &now, &Command{Seq: h.Seq, Chain: h.Chain})
-	}
-	if h.Applied < now.Applied || h.Seq < now.Seq {
-		return nil, fmt.Errorf("%w: entry %d made event %d there, entry %d event %d here", ErrDiverged, h.Applied, h.Seq, now.Applied, now.Seq)
-	}
-
-	fs, dir := f.cfg.FS, f.restoreDir()
-	if err := fs.RemoveAll(dir); err != nil {
-		return nil, err
-	}
-	if err := fs.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	defer fs.RemoveAll(dir)
-	t := &tables{fs: fs, dir: dir, opts: f.opts.MakeWriterOptions(0, f.db.TableFormat())}
-	err = s.copyTo(t, &now, &h)
-	if err = errors.Join(err, t.close()); err != nil {
-		return nil, err
-	}
-	// The span ends after every family's prefix, which are all below 0x7f.
-	_, err = f.db.IngestAndExcise(context.Background(), t.paths, nil, nil, pebble.KeyRange{Start: []byte{0}, End: []byte{0xff}})
-	if err != nil {
-		return nil, err
-	}
-	return &h, f.db.LogData(nil, pebble.Sync)
-}
-
-// snapshotReader reads a snapshot's stream and hashes it on the way.
-type snapshotReader struct {
-	r    *bufio.Reader
-	hash hash.Hash
-}
-
-func (s *snapshotReader) Read(b []byte) (int, error) {
-	n, err := s.r.Read(b)
-	s.hash.Write(b[:n])
-	return n, err
-}
-
-func (s *snapshotReader) ReadByte() (byte, error) {
-	var b [1]byte
-	_, err := io.ReadFull(s, b[:])
-	return b[0], err
-}
-
-// copyTo writes the pairs to t and checks everything that can be checked:
-// order, limits, the events' chain from the first to the head, that our own
-// newest event is among them, the number of pairs and the hash.
-func (s *snapshotReader) copyTo(t *tables, ours, h *Head) error {
-	var (
-		last, key, value []byte
-		pairs            uint64
-		seq              uint64
-		chain            [32]byte
-		headSeen         bool
-	)
-	for {
-		nk, err := binary.ReadUvarint(s)
-		if err != nil {
-			return err
-		}
-		if nk == 0 {
-			break
-		}
-		nv, err := binary.ReadUvarint(s)
-		if err != nil {
-			return err
-		}
-		if nk > maxKey || nv > maxValue {
-			return fmt.Errorf("a pair of %d and %d bytes", nk, nv)
-		}
-		key, value = grow(key, int(nk)), grow(value, int(nv))
-		if _, err := io.ReadFull(s, key); err != nil {
-			return err
-		}
-		if _, err := io.ReadFull(s, value); err != nil {
-			return err
-		}
-		if bytes.Compare(key, last) <= 0 {
-			return fmt.Errorf("key %q after %q", key, last)
-		}
-		last = append(last[:0], key...)
-		pairs++
-
-		switch {
-		case key[0] == prefixEvent:
-			seq++
-			e, err := decodeEvent(seq, value)
-			if err != nil {
-				return err
-			}
-			if chain = event.Chain(chain, value[len(chain):]); chain != e.Chain {
-				return fmt.Errorf("event %d breaks the chain", seq)
-			}
-			if seq == ours.Seq && chain != ours.Chain {
-				return fmt.Errorf("%w: event %d", ErrDiverged, seq)
-			}
-		case bytes.Equal(key, keyHead):
-			if headSeen = bytes.Equal(value, h.marshal()); !headSeen {
-				return errors.New("two heads")
-			}
-		case bytes.Equal(key, keyFormat) && !bytes.Equal(value, []byte{stateFormat}):
-			return fmt.Errorf("format %x, this build knows %d", value, stateFormat)
-		}
-		if err := t.set(key, value); err != nil {
-			return err
-		}
-	}
-	if !headSeen || seq != h.Seq || chain != h.Chain {
-		return errors.New("the events do not lead to the head")
-	}
-	var count [8]byte
-	if _, err := io.ReadFull(s, count[:]); err != nil {
-		return err
-	}
-	if binary.BigEndian.Uint64(count[:]) != pairs {
-		return errors.New("pairs are missing")
-	}
-	var sum [sha256.Size]byte
-	if _, err := io.ReadFull(s.r, sum[:]); err != nil {
-		return err
-	}
-	if !bytes.Equal(sum[:], s.hash.Sum(nil)) {
-		return errors.New("the hash is wrong")
-	}
-	if _, err := s.r.ReadByte(); err != io.EOF {
-		return errors.New("bytes after the end")
-	}
-	return nil
-}
-
-func grow(b []byte, n int) []byte {
-	if cap(b) < n {
-		return make([]byte, n, n+n/4)
-	}
-	return b[:n]
-}
-
-// tables writes ascending pairs into sstables.
-type tables struct {
-	fs    vfs.FS
-	dir   string
-	opts  sstable.WriterOptions
-	w     *sstable.Writer // nil when none is open
-	size  int
-	paths []string
-}
-
-func (t *tables) set(key, value []byte) error {
-	if t.w == nil {
-		path := t.fs.PathJoin(t.dir, fmt.Sprintf("%06d.sst", len(t.paths)))
-		file, err := t.fs.Create(path, vfs.WriteCategoryUnspecified)
-		if err != nil {
-			return err
-		}
-		t.w = sstable.NewWriter(objstorageprovider.NewFileWritable(file), t.opts)
-		t.paths = append(t.paths, path)
-		t.size = 0
-	}
-	if err := t.w.Set(key, value); err != nil {
-		return err
-	}
-	if t.size += len(key) + len(value); t.size > maxTableBytes {
-		return t.close()
-	}
-	return nil
-}
-
-func (t *tables) close() error {
-	if t.w == nil {
-		return nil
-	}
-	w := t.w
-	t.w = nil
-	return w.Close()
 }

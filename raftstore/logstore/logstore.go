@@ -17,6 +17,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/wal"
 	"github.com/hashicorp/raft"
 
 	"github.com/sallyport/sallyport/raftstore/internal/disk"
@@ -25,10 +26,15 @@ import (
 // errNotFound is what raft wants for a key never set; it compares the text.
 var errNotFound = errors.New("not found")
 
-// memTableSize is small enough that WAL files are recycled soon after a
-// restart (an overwrite costs a quarter less than an append that grows the
-// file) and large enough that most entries are truncated before any flush.
+// memTableSize is large enough that most entries are truncated before any
+// flush, and small enough that a WAL is soon followed by a recycled one: see
+// spareFS.
 const memTableSize = 16 << 20
+
+// walFailoverAfter is how long a write may hang before the other disk is used:
+// well below the second after which a leader with a hung disk stops acting as
+// one, and above what a busy disk needs.
+const walFailoverAfter = 200 * time.Millisecond
 
 // Keys. The first byte tells the family.
 //
@@ -84,7 +90,15 @@ var (
 type Config struct {
 	Dir string
 	FS  vfs.FS // nil means the operating system's
-	Log *slog.Logger
+	// WALDir is where entries are synced, instead of Dir: another partition, so
+	// that a sync does not also write what other files changed there.
+	WALDir string
+	// WALFailoverDir, on another disk, takes the entries while the first one
+	// stalls for longer than walFailoverAfter.
+	WALFailoverDir string
+	// Shared are caches shared with the state's database; nil for its own.
+	Shared *disk.Shared
+	Log    *slog.Logger
 	// OnFatal is called when the database can no longer store. Writes then
 	// hang for ever; the node must stop.
 	OnFatal func(error)
@@ -99,8 +113,10 @@ func Open(cfg Config) (*Store, error) {
 		cfg.FS = vfs.Default
 	}
 	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
-	o := disk.Options(cfg.FS, l, memTableSize, 8<<20)
-	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionNone })
+	o, err := cfg.options(l)
+	if err != nil {
+		return nil, fmt.Errorf("open the raft log: %w", err)
+	}
 	db, err := pebble.Open(cfg.Dir, o)
 	if err != nil {
 		return nil, fmt.Errorf("open the raft log: %w", err)
@@ -110,6 +126,26 @@ func Open(cfg Config) (*Store, error) {
 		return nil, errors.Join(fmt.Errorf("read the raft log: %w", err), db.Close())
 	}
 	return s, nil
+}
+
+func (cfg *Config) options(l *disk.Logger) (*pebble.Options, error) {
+	o := disk.Options(cfg.FS, l, memTableSize, cfg.Shared)
+	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionNone })
+	dir := cfg.Dir
+	if cfg.WALDir != "" {
+		dir = cfg.WALDir
+		o.WALDir = dir
+		// Entries from before it was set.
+		o.WALRecoveryDirs = []wal.Dir{{FS: cfg.FS, Dirname: cfg.Dir}}
+	}
+	if cfg.WALFailoverDir != "" {
+		o.WALFailover = &pebble.WALFailoverOptions{Secondary: wal.Dir{FS: cfg.FS, Dirname: cfg.WALFailoverDir}}
+		o.WALFailover.UnhealthyOperationLatencyThreshold = func() (time.Duration, bool) { return walFailoverAfter, true }
+		return o, cfg.FS.MkdirAll(cfg.WALFailoverDir, 0o700)
+	}
+	var err error
+	o.FS, err = newSpareFS(cfg.FS, dir)
+	return o, err
 }
 
 func (s *Store) load() error {
@@ -148,6 +184,9 @@ func (s *Store) Close() error {
 	}
 	return s.db.Close()
 }
+
+// Metrics is Pebble's account of itself, for benchmarks and tests.
+func (s *Store) Metrics() *pebble.Metrics { return s.db.Metrics() }
 
 // Busy is for how long the StoreLogs that runs now has been running, 0 when
 // none is.

@@ -48,14 +48,34 @@ func (l *Logger) Fatalf(format string, args ...any) {
 // then: Close would wait for the parked goroutine.
 func (l *Logger) Failed() bool { return l.failed.Load() }
 
+// Shared is what both instances share: a cache of blocks, so that neither
+// keeps memory the other could use, and one of open files.
+type Shared struct {
+	cache *pebble.Cache
+	files *pebble.FileCache
+}
+
+// NewShared makes caches for cacheBytes of blocks and for maxFiles open tables.
+func NewShared(cacheBytes int64, maxFiles int) *Shared {
+	return &Shared{cache: pebble.NewCache(cacheBytes), files: pebble.NewFileCache(4, maxFiles)}
+}
+
+// Release lets go of the caches; databases opened with them keep them until
+// they are closed.
+func (s *Shared) Release() {
+	s.files.Unref()
+	s.cache.Unref()
+}
+
 // Options are Pebble's, as both instances use them. memTableSize is in bytes.
-func Options(fs vfs.FS, l *Logger, memTableSize uint64, cacheSize int64) *pebble.Options {
+// With shared nil the instance has small caches of its own.
+func Options(fs vfs.FS, l *Logger, memTableSize uint64, shared *Shared) *pebble.Options {
 	o := &pebble.Options{
 		FS:     fs,
 		Logger: l,
 		// The default for a new database is the oldest supported version.
 		FormatMajorVersion: pebble.FormatNewest,
-		CacheSize:          cacheSize,
+		CacheSize:          8 << 20,
 		MemTableSize:       memTableSize,
 		// A write stop stalls Raft, and a stalled Raft is an election: leave
 		// room for four memtables and never stop for L0 files.
@@ -63,6 +83,13 @@ func Options(fs vfs.FS, l *Logger, memTableSize uint64, cacheSize int64) *pebble
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       1000,
 		MaxOpenFiles:                256,
+		// raft gathers entries already, so a sync never waits for more of them,
+		// and a WAL is synced whole: see pebble.Options.
+		WALMinSyncInterval: nil,
+		WALBytesPerSync:    0,
+	}
+	if shared != nil {
+		o.Cache, o.FileCache = shared.cache, shared.files
 	}
 	return o
 }
