@@ -419,8 +419,7 @@ type hashedFile struct {
 }
 
 func (h *hashedFile) Write(p []byte) (int, error) {
-	n, err := h.File.Write(p)
-	h.hash.Write(p[:n])
-	h.n += int64(n)
-	return n, err
+	h.hash.Write(p) // before the file has it: vfs.File.Write may change p
+	h.n += int64(len(p))
+	return h.File.Write(p)
 }
