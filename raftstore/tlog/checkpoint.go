@@ -183,12 +183,12 @@ func ParseNote(b []byte) (Checkpoint, []Cosignature, error) {
 	if len(b) > MaxNote {
 		return Checkpoint{}, nil, fmt.Errorf("%w: %d bytes", ErrNote, len(b))
 	}
-	n, err := note.Open(b, note.VerifierList()) // knows no key: everything stays unverified
+	_, err := note.Open(b, note.VerifierList()) // knows no key: everything stays unverified
 	var unverified *note.UnverifiedNoteError
 	if !errors.As(err, &unverified) {
 		return Checkpoint{}, nil, fmt.Errorf("%w: %w", ErrNote, err)
 	}
-	n = unverified.Note
+	n := unverified.Note
 	c, err := parseText(n.Text)
 	if err != nil {
 		return Checkpoint{}, nil, err

@@ -39,7 +39,7 @@ const markEvery = 8192
 // events), everything between computed when it is asked for.
 //
 // Opening reads the file once: 32 bytes and one SHA-256 of two blocks for each
-// event, about half a second for a million. Safe for concurrent use.
+// event, about a second for a million. Safe for concurrent use.
 type Tree struct {
 	dir string
 	mu  struct {
