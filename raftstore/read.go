@@ -43,6 +43,19 @@ func (s *Store) Events(from uint64, max int) ([]event.Event, error) {
 	return s.state.Events(from, max)
 }
 
+// StoredEvent is an event's envelope and the chain at it.
+type StoredEvent = fsm.Stored
+
+// Envelopes is Events without decoding: the bytes that were hashed.
+func (s *Store) Envelopes(from uint64, max int) ([]StoredEvent, error) {
+	end, err := s.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return s.state.Envelopes(from, max)
+}
+
 // AtIndex returns the events of one Raft log entry.
 func (s *Store) AtIndex(index uint64) ([]event.Event, error) {
 	end, err := s.begin()

@@ -306,6 +306,7 @@ func (f *fold) apply(e event.Event) error {
 		return f.approval(e)
 	case event.TypeRevoked, event.TypeRevocationUndone, event.TypeRevocationReport:
 		return f.revocation(e)
+	case event.TypeCheckpoint: // node/eventlog checks it; nothing is decided from it
 	default:
 		return fmt.Errorf("unknown type of event")
 	}

@@ -19,6 +19,7 @@ const (
 	TypeRevoked          = "revocation.made"       // Revoked, aggregate "revocation/ID"
 	TypeRevocationUndone = "revocation.undone"     // RevocationUndone, aggregate "revocation/ID"
 	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"
+	TypeCheckpoint       = "checkpoint.cosigned"   // CheckpointCosigned, aggregate "checkpoint": its version is the checkpoint's number
 )
 
 // Sealed is a secret encrypted (age, X25519) to the nodes that may open it, or,
@@ -185,4 +186,12 @@ type NodeFenced struct {
 	At       time.Time `json:"at"`
 	Sessions int       `json:"sessions"` // live sessions it cut
 	Detail   string    `json:"detail,omitempty"`
+}
+
+// CheckpointCosigned is a head of the event log that a majority of the voters
+// has vouched for, each from its own events: see raftstore/tlog.
+type CheckpointCosigned struct {
+	Size uint64 `json:"size"` // events, of which this one is none
+	Root []byte `json:"root"` // of the Merkle tree over them
+	Note string `json:"note"` // the checkpoint with its cosignatures, as it is exported
 }

@@ -60,6 +60,7 @@ var kinds = map[string]*kind{
 	TypeRevoked:          of[Revoked](1),
 	TypeRevocationUndone: of[RevocationUndone](1),
 	TypeRevocationReport: of[RevocationReport](1),
+	TypeCheckpoint:       of[CheckpointCosigned](2),
 }
 
 // Upcaster turns a payload of one version into the next version's. It is pure:

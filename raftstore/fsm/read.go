@@ -1,6 +1,7 @@
 package fsm
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -65,6 +66,59 @@ func (f *FSM) Events(from uint64, max int) ([]event.Event, error) {
 		return nil, nil
 	}
 	return f.read(from, min(end, from+uint64(max)), maxReadBytes)
+}
+
+// Stored is an event as it is stored.
+type Stored struct {
+	Seq      uint64
+	Chain    [32]byte // over all events up to this one
+	Envelope []byte   // what was hashed, verbatim: see event.UnmarshalEnvelope
+}
+
+// Envelopes is Events without decoding.
+func (f *FSM) Envelopes(from uint64, max int) ([]Stored, error) {
+	if max <= 0 || max > MaxRead {
+		max = MaxRead
+	}
+	if from == 0 {
+		from = 1
+	}
+	end := f.head.Load().Seq + 1
+	if from >= end {
+		return nil, nil
+	}
+	end = min(end, from+uint64(max))
+	it, err := f.db.NewIter(&pebble.IterOptions{LowerBound: eventKey(from), UpperBound: eventKey(end)})
+	if err != nil {
+		return nil, err
+	}
+	defer it.Close()
+	var (
+		out  []Stored
+		size int
+	)
+	for ok := it.First(); ok; ok = it.Next() {
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return nil, err
+		}
+		s := Stored{Seq: from + uint64(len(out))}
+		if len(v) <= len(s.Chain) || !bytes.Equal(it.Key(), eventKey(s.Seq)) {
+			return nil, fmt.Errorf("event %d: %w", s.Seq, event.ErrCorrupt)
+		}
+		if size += len(v); size > maxReadBytes && len(out) > 0 {
+			return out, nil
+		}
+		s.Envelope = append([]byte(nil), v[copy(s.Chain[:], v):]...)
+		out = append(out, s)
+	}
+	if err := it.Error(); err != nil {
+		return nil, err
+	}
+	if uint64(len(out)) != end-from {
+		return nil, fmt.Errorf("event %d is missing: %w", from+uint64(len(out)), event.ErrCorrupt)
+	}
+	return out, nil
 }
 
 // read returns the events from up to, not including, end.

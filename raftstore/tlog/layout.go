@@ -15,7 +15,7 @@ import (
 //	checkpoint/NNNNNNNNN/NNN   a checkpoint with its cosignatures, numbered from 1
 //	tile/L/N[.p/W]             hashes, as tlog-tiles
 //	entries/N[.p/W]            entry bundles
-//	large/HEX                  an entry too long for a bundle, by its leaf hash
+//	large/N                    an entry too long for a bundle, by its leaf's number
 //	cert/HEX                   a certificate (DER) by its SHA-256
 const Root = "log/"
 
@@ -80,8 +80,8 @@ func TileKey(level int, n uint64, width int) string {
 // EntriesKey is the key of the n-th bundle of entries.
 func EntriesKey(n uint64, width int) string { return Root + "entries/" + tilePath(n, width) }
 
-// LargeKey is the key of an entry that is not in its bundle.
-func LargeKey(leaf Hash) string { return fmt.Sprintf("%slarge/%x", Root, leaf[:]) }
+// LargeKey is the key of the entry of a leaf that is not in its bundle.
+func LargeKey(leaf uint64) string { return Root + "large/" + tilePath(leaf, TileWidth) }
 
 // CertKey is the key of a certificate.
 func CertKey(der []byte) string { return fmt.Sprintf("%scert/%x", Root, sha256.Sum256(der)) }
@@ -103,9 +103,9 @@ const (
 type Object struct {
 	Kind   ObjectKind
 	Level  int    // of a tile
-	Number uint64 // of a checkpoint, tile or bundle
+	Number uint64 // of a checkpoint, tile, bundle or leaf
 	Width  int    // of a tile or bundle
-	Hash   Hash   // of a large entry or a certificate
+	Hash   Hash   // of a certificate
 }
 
 // ParseKey takes a key apart; KindUnknown for one that is none of ours.
@@ -131,12 +131,13 @@ func ParseKey(key string) Object {
 		if err == nil && ok && level >= 0 && level < 8 && TileKey(level, n, w) == key {
 			return Object{Kind: KindTile, Level: level, Number: n, Width: w}
 		}
-	case "large", "cert":
-		o := Object{Kind: KindLarge}
-		if dir == "cert" {
-			o.Kind = KindCert
+	case "large":
+		if n, w, ok := parseTilePath(rest); ok && w == TileWidth {
+			return Object{Kind: KindLarge, Number: n}
 		}
-		if h, err := hex.DecodeString(rest); err == nil && copy(o.Hash[:], h) == len(h) && fmt.Sprintf("%x", o.Hash[:]) == rest {
+	case "cert":
+		o := Object{Kind: KindCert}
+		if h, err := hex.DecodeString(rest); err == nil && copy(o.Hash[:], h) == len(h) && hex.EncodeToString(o.Hash[:]) == rest {
 			return o
 		}
 	}

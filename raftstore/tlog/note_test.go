@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
@@ -225,14 +226,15 @@ func TestMembers(t *testing.T) {
 }
 
 func TestKeys(t *testing.T) {
-	h := leafN(5)
+	cert := CertKey([]byte("x"))
 	for key, want := range map[string]Object{
 		CheckpointKey(1):               {Kind: KindCheckpoint, Number: 1},
 		CheckpointKey(1234567):         {Kind: KindCheckpoint, Number: 1234567},
 		TileKey(0, 0, TileWidth):       {Kind: KindTile, Width: TileWidth},
 		TileKey(2, 1234067, 5):         {Kind: KindTile, Level: 2, Number: 1234067, Width: 5},
 		EntriesKey(1000, 255):          {Kind: KindEntries, Number: 1000, Width: 255},
-		LargeKey(h):                    {Kind: KindLarge, Hash: h},
+		LargeKey(70_000):               {Kind: KindLarge, Number: 70_000},
+		CertKey([]byte("x")):           {Kind: KindCert, Hash: sha256.Sum256([]byte("x"))},
 		"log/tile/1/x001/x234/067":     {Kind: KindTile, Level: 1, Number: 1234067, Width: TileWidth},
 		"log/checkpoint/000000001/234": {Kind: KindCheckpoint, Number: 1234},
 	} {
@@ -243,7 +245,7 @@ func TestKeys(t *testing.T) {
 	for _, key := range []string{
 		"", "log", "log/", "sessions/x", "log/checkpoint/000000000/000", "log/checkpoint/0/1", "log/checkpoint/000000001/2345", "log/tile/0/1",
 		"log/tile/0/x000/001", "log/tile/00/001", "log/tile/8/001", "log/tile/0/001.p/256", "log/tile/0/001.p/0", "log/tile/0/001.p/01", "log/tile/0/-01",
-		"log/entries/", "log/entries/001/002", "log/large/ab", LargeKey(h) + "0", strings.ToUpper(LargeKey(h)), "log/entries/x999/x999/x999/x999/x999/x999/x999/x999/999",
+		"log/entries/", "log/entries/001/002", "log/large/ab", "log/large/001.p/3", cert + "0", cert[:len(cert)-2], Root + "cert/" + strings.ToUpper(cert[len(Root)+5:]), "log/entries/x999/x999/x999/x999/x999/x999/x999/x999/999",
 	} {
 		if o := ParseKey(key); o.Kind != KindUnknown {
 			t.Errorf("%q is %+v", key, o)

@@ -2,9 +2,11 @@ package tlog
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -17,18 +19,34 @@ import (
 // Files of a Tree's directory. Both are derived from the events: they can be
 // deleted while the node is stopped.
 //
-//	leaves  leaf hashes, 32 bytes each, in order; not synced by itself
-//	mark    "SPTLOG1\n", be64 size, root over the first size leaves; replaced
-//	        as a whole after the leaves were synced
+//	leaves  leaf hashes, 32 bytes each, in order
+//	index   which leaves are of interest, 8 bytes each, in order: be64 of
+//	        leaf << 8 | kind
+//	mark    "SPTLOG1\n", be64 size, root over the first size leaves, be64
+//	        number of entries of the index, SHA-256 over them; replaced as a
+//	        whole after the other two were synced
 //
-// What is in leaves after the mark is not believed: after a power cut any part
-// of it may be missing.
+// What is after the mark in the other two is not believed: after a power cut
+// any part of it may be missing.
 const (
 	leavesFile = "leaves"
+	indexFile  = "index"
 	markFile   = "mark"
 	markMagic  = "SPTLOG1\n"
-	markSize   = len(markMagic) + 8 + HashSize
+	markSize   = len(markMagic) + 2*(8+HashSize)
 )
+
+// An Entry of a Tree's index is a leaf of some kind, so that a checkpoint is
+// found by its number, and the members without reading the whole log. What
+// kinds there are is the caller's affair.
+type Entry struct {
+	Kind byte
+	Leaf uint64
+}
+
+func (e Entry) append(b []byte) []byte {
+	return binary.BigEndian.AppendUint64(b, e.Leaf<<8|uint64(e.Kind))
+}
 
 // markEvery is after how many leaves Append makes a mark: what is computed anew
 // from the events after a crash, some 10 ms of work.
@@ -36,7 +54,8 @@ const markEvery = 8192
 
 // Tree keeps the hashes of a tree in a directory: leaves in a file, hashes of
 // full tiles in memory (a 32-byte hash for 256 leaves, so 4 MB for 32 million
-// events), everything between computed when it is asked for.
+// events, and 8 bytes for each entry of the index), everything between computed
+// when it is asked for.
 //
 // Opening reads the file once: 32 bytes and one SHA-256 of two blocks for each
 // event, about a second for a million. Safe for concurrent use.
@@ -44,11 +63,15 @@ type Tree struct {
 	dir string
 	mu  struct {
 		sync.RWMutex
-		file   *os.File
+		file   *os.File // leaves
+		index  *os.File
 		b      Builder
 		upper  [][]Hash // upper[l-1]: the hashes of level l, those of full tiles below
+		kinds  map[byte][]uint64
+		count  int64     // entries of the index
+		sum    hash.Hash // over them
 		marked uint64
-		failed error // of a write: the file's end is not known any more
+		failed error // of a write: the files' ends are not known any more
 	}
 }
 
@@ -59,15 +82,17 @@ func OpenTree(dir string) (*Tree, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("the log's tree: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, leavesFile), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
+	t := &Tree{dir: dir}
+	var err error
+	if t.mu.file, err = os.OpenFile(filepath.Join(dir, leavesFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return nil, fmt.Errorf("the log's tree: %w", err)
 	}
-	t := &Tree{dir: dir}
-	t.mu.file = f
-	t.mu.b.Full = t.full
-	if err := t.load(); err != nil {
-		return nil, errors.Join(fmt.Errorf("the log's tree: %w", err), f.Close())
+	if t.mu.index, err = os.OpenFile(filepath.Join(dir, indexFile), os.O_RDWR|os.O_CREATE, 0o600); err == nil {
+		t.empty()
+		err = t.load()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("the log's tree: %w", err), t.mu.file.Close(), t.mu.index.Close())
 	}
 	return t, nil
 }
@@ -82,52 +107,88 @@ func (t *Tree) full(level int, _ uint64, hashes []Hash) {
 }
 
 func (t *Tree) load() error {
-	size, root, err := t.readMark()
-	if err != nil || size == 0 {
+	m, err := t.readMark()
+	if err != nil || m.size == 0 {
 		return errors.Join(err, t.reset())
 	}
-	r := bufio.NewReaderSize(io.NewSectionReader(t.mu.file, 0, int64(size)*HashSize), 256<<10)
+	cut := func(err error) bool { return err == io.EOF || err == io.ErrUnexpectedEOF }
+	r := bufio.NewReaderSize(io.NewSectionReader(t.mu.file, 0, int64(m.size)*HashSize), 256<<10)
 	var h Hash
-	for range size {
-		if _, err := io.ReadFull(r, h[:]); err == io.EOF || err == io.ErrUnexpectedEOF {
+	for range m.size {
+		if _, err := io.ReadFull(r, h[:]); cut(err) {
 			return t.reset()
 		} else if err != nil {
 			return err
 		}
 		t.mu.b.Append(h)
 	}
-	if t.mu.b.Root() != root {
+	r.Reset(io.NewSectionReader(t.mu.index, 0, m.count*8))
+	var e [8]byte
+	for range m.count {
+		if _, err := io.ReadFull(r, e[:]); cut(err) {
+			return t.reset()
+		} else if err != nil {
+			return err
+		}
+		v := binary.BigEndian.Uint64(e[:])
+		t.note(Entry{Kind: byte(v), Leaf: v >> 8})
+	}
+	if t.mu.b.Root() != m.root || Hash(t.mu.sum.Sum(nil)) != m.sum {
 		return t.reset()
 	}
-	t.mu.marked = size
-	return t.mu.file.Truncate(int64(size) * HashSize)
+	t.mu.marked = m.size
+	return errors.Join(t.mu.file.Truncate(int64(m.size)*HashSize), t.mu.index.Truncate(m.count*8))
+}
+
+// note takes an entry of the index into memory. mu is held.
+func (t *Tree) note(e Entry) {
+	t.mu.kinds[e.Kind] = append(t.mu.kinds[e.Kind], e.Leaf)
+	t.mu.sum.Write(e.append(nil))
+	t.mu.count++
+}
+
+type mark struct {
+	size  uint64
+	root  Hash
+	count int64
+	sum   Hash
 }
 
 // readMark returns a size of 0 when there is none or it is not whole.
-func (t *Tree) readMark() (size uint64, root Hash, err error) {
+func (t *Tree) readMark() (m mark, err error) {
 	b, err := os.ReadFile(filepath.Join(t.dir, markFile))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && (len(b) != markSize || string(b[:len(markMagic)]) != markMagic) {
-		return 0, root, nil
+		return mark{}, nil
 	}
 	if err != nil {
-		return 0, root, err
+		return mark{}, err
 	}
-	size = binary.BigEndian.Uint64(b[len(markMagic):])
-	copy(root[:], b[len(markMagic)+8:])
-	if size > maxSize {
-		return 0, root, nil
+	b = b[len(markMagic):]
+	m.size = binary.BigEndian.Uint64(b)
+	copy(m.root[:], b[8:])
+	b = b[8+HashSize:]
+	m.count = int64(binary.BigEndian.Uint64(b))
+	copy(m.sum[:], b[8:])
+	if m.size > maxSize || m.count < 0 || m.count > int64(m.size) {
+		return mark{}, nil
 	}
-	return size, root, nil
+	return m, nil
+}
+
+// empty makes the tree in memory the empty one. mu is held.
+func (t *Tree) empty() {
+	t.mu.b = Builder{Full: t.full}
+	t.mu.upper, t.mu.marked, t.mu.failed = nil, 0, nil
+	t.mu.kinds, t.mu.count, t.mu.sum = map[byte][]uint64{}, 0, sha256.New()
 }
 
 // reset empties the tree. mu is held, or t not shared yet.
 func (t *Tree) reset() error {
-	t.mu.b = Builder{Full: t.full}
-	t.mu.upper, t.mu.marked, t.mu.failed = nil, 0, nil
+	t.empty()
 	if err := os.Remove(filepath.Join(t.dir, markFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return t.mu.file.Truncate(0)
+	return errors.Join(t.mu.file.Truncate(0), t.mu.index.Truncate(0))
 }
 
 // Reset forgets everything, to be computed anew from the events.
@@ -144,9 +205,9 @@ func (t *Tree) Size() uint64 {
 	return t.mu.b.size
 }
 
-// Append adds leaves. After an error the tree takes no more until it is opened
-// anew.
-func (t *Tree) Append(leaves ...Hash) error {
+// Append adds leaves, and entries of the index for leaves that are there then.
+// After an error the tree takes no more until it is opened anew.
+func (t *Tree) Append(leaves []Hash, entries ...Entry) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.mu.failed != nil {
@@ -156,17 +217,35 @@ func (t *Tree) Append(leaves ...Hash) error {
 	for _, h := range leaves {
 		buf = append(buf, h[:]...)
 	}
-	if _, err := t.mu.file.WriteAt(buf, int64(t.mu.b.size)*HashSize); err != nil {
+	_, err := t.mu.file.WriteAt(buf, int64(t.mu.b.size)*HashSize)
+	if err == nil && len(entries) > 0 {
+		buf = buf[:0]
+		for _, e := range entries {
+			buf = e.append(buf)
+		}
+		_, err = t.mu.index.WriteAt(buf, t.mu.count*8)
+	}
+	if err != nil {
 		t.mu.failed = fmt.Errorf("the log's tree: %w", err)
 		return t.mu.failed
 	}
 	for _, h := range leaves {
 		t.mu.b.Append(h)
 	}
+	for _, e := range entries {
+		t.note(e)
+	}
 	if t.mu.b.size-t.mu.marked >= markEvery {
 		return t.mark()
 	}
 	return nil
+}
+
+// Leaves are the leaves of a kind, in order. The caller must not change them.
+func (t *Tree) Leaves(kind byte) []uint64 {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.mu.kinds[kind]
 }
 
 // mark makes what there is survive a power cut. mu is held.
@@ -176,9 +255,10 @@ func (t *Tree) mark() error {
 	}
 	root := t.mu.b.Root()
 	b := binary.BigEndian.AppendUint64([]byte(markMagic), t.mu.b.size)
-	err := t.mu.file.Sync()
+	b = binary.BigEndian.AppendUint64(append(b, root[:]...), uint64(t.mu.count))
+	err := errors.Join(t.mu.file.Sync(), t.mu.index.Sync())
 	if err == nil {
-		err = replaceFile(filepath.Join(t.dir, markFile), append(b, root[:]...))
+		err = replaceFile(filepath.Join(t.dir, markFile), t.mu.sum.Sum(b))
 	}
 	if err != nil {
 		t.mu.failed = fmt.Errorf("the log's tree: %w", err)
@@ -192,7 +272,7 @@ func (t *Tree) mark() error {
 func (t *Tree) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	err := errors.Join(t.mark(), t.mu.file.Close())
+	err := errors.Join(t.mark(), t.mu.file.Close(), t.mu.index.Close())
 	t.mu.failed = errors.New("the log's tree was closed")
 	return err
 }

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -64,7 +65,7 @@ func TestTree(t *testing.T) {
 	var b Builder
 	for i := 0; i < n; {
 		k := min(n-i, 1+i%97)
-		if err := tr.Append(all[i : i+k]...); err != nil {
+		if err := tr.Append(all[i : i+k]); err != nil {
 			t.Fatal(err)
 		}
 		i += k
@@ -164,7 +165,7 @@ func TestTreeReopened(t *testing.T) {
 	build := func(t *testing.T) (string, Hash) {
 		dir := t.TempDir()
 		tr := mustOpen(t, dir)
-		if err := tr.Append(leaves(n)...); err != nil {
+		if err := tr.Append(leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
 			t.Fatal(err)
 		}
 		root, _ := tr.Root(n)
@@ -194,8 +195,12 @@ func TestTreeReopened(t *testing.T) {
 		"leaves cut":    {leavesFile, func(b []byte) []byte { return b[:len(b)-1] }, 0},
 		"leaves empty":  {leavesFile, func(b []byte) []byte { return nil }, 0},
 		"leaf changed":  {leavesFile, func(b []byte) []byte { b[777] ^= 1; return b }, 0},
+		"index torn":    {indexFile, func(b []byte) []byte { return append(b, 1, 2, 3) }, n},
+		"index cut":     {indexFile, func(b []byte) []byte { return b[:len(b)-1] }, 0},
+		"index changed": {indexFile, func(b []byte) []byte { b[3] ^= 1; return b }, 0},
 		"mark cut":      {markFile, func(b []byte) []byte { return b[:len(b)-1] }, 0},
 		"mark changed":  {markFile, func(b []byte) []byte { b[len(b)-1] ^= 1; return b }, 0},
+		"root changed":  {markFile, func(b []byte) []byte { b[20] ^= 1; return b }, 0},
 		"mark too big":  {markFile, func(b []byte) []byte { b[8] = 0xff; return b }, 0},
 		"mark of fewer": {markFile, func(b []byte) []byte { b[15] = 1; return b }, 0},
 	} {
@@ -207,7 +212,10 @@ func TestTreeReopened(t *testing.T) {
 			if tr.Size() != c.want {
 				t.Fatalf("size %d, want %d", tr.Size(), c.want)
 			}
-			if err := tr.Append(leaves(n)[c.want:]...); err != nil {
+			if got := tr.Leaves(1); c.want > 0 && !slices.Equal(got, []uint64{5, 500}) || c.want == 0 && len(got) > 0 {
+				t.Fatalf("index: %d", got)
+			}
+			if err := tr.Append(leaves(n)[c.want:]); err != nil {
 				t.Fatal(err)
 			}
 			if got, err := tr.Root(n); err != nil || got != root {
@@ -218,15 +226,15 @@ func TestTreeReopened(t *testing.T) {
 	t.Run("not closed", func(t *testing.T) {
 		dir := t.TempDir()
 		tr := mustOpen(t, dir)
-		if err := tr.Append(leaves(markEvery)...); err != nil {
+		if err := tr.Append(leaves(markEvery)); err != nil {
 			t.Fatal(err)
 		}
-		if err := tr.Append(leafN(markEvery)); err != nil {
+		if err := tr.Append([]Hash{leafN(markEvery)}, Entry{1, markEvery}); err != nil {
 			t.Fatal(err)
 		}
 		again := mustOpen(t, dir) // as after a kill
 		defer again.Close()
-		if again.Size() != markEvery {
+		if again.Size() != markEvery || len(again.Leaves(1)) > 0 {
 			t.Errorf("size %d, want %d", again.Size(), markEvery)
 		}
 		tr.mu.file.Close()
@@ -238,7 +246,7 @@ func TestTreeReopened(t *testing.T) {
 		if err := tr.Reset(); err != nil || tr.Size() != 0 {
 			t.Fatal(err, tr.Size())
 		}
-		if err := tr.Append(leaves(n)...); err != nil {
+		if err := tr.Append(leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
 			t.Fatal(err)
 		}
 		if got, _ := tr.Root(n); got != root {
@@ -249,10 +257,10 @@ func TestTreeReopened(t *testing.T) {
 		dir, _ := build(t)
 		tr := mustOpen(t, dir)
 		tr.mu.file.Close()
-		if err := tr.Append(leafN(n)); err == nil {
+		if err := tr.Append([]Hash{leafN(n)}); err == nil {
 			t.Fatal("appended to a closed file")
 		}
-		if err := tr.Append(leafN(n)); err == nil || tr.Size() != n {
+		if err := tr.Append([]Hash{leafN(n)}); err == nil || tr.Size() != n {
 			t.Fatal("went on after a failure", err, tr.Size())
 		}
 	})
@@ -274,7 +282,7 @@ func TestOpenTime(t *testing.T) {
 		for j := range hs {
 			hs[j] = leafN(i + j)
 		}
-		if err := tr.Append(hs...); err != nil {
+		if err := tr.Append(hs); err != nil {
 			t.Fatal(err)
 		}
 	}
