@@ -3,7 +3,6 @@ package tlog
 import (
 	"bytes"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -16,30 +15,29 @@ import (
 // ErrCosigners says that too few of those who must have cosigned a checkpoint.
 var ErrCosigners = errors.New("a majority of the voters has not cosigned this checkpoint")
 
-// Voters are those who may cosign, by name, with their certificates. A Voters
-// is never changed once it is shared.
-type Voters map[string]*x509.Certificate
+// Voters are those who may cosign, by name, with their certificates: one, or
+// while a certificate is being replaced two, the older first. A Voters is never
+// changed once it is shared.
+type Voters map[string][]*x509.Certificate
 
 // Names are the voters' names, in order.
 func (v Voters) Names() []string { return slices.Sorted(maps.Keys(v)) }
 
-// sameKey says whether name is in both with one key.
-func (v Voters) sameKey(o Voters, name string) bool {
-	a, b := v[name], o[name]
-	return a != nil && b != nil && bytes.Equal(a.RawSubjectPublicKeyInfo, b.RawSubjectPublicKeyInfo)
+// with says whether a voter may cosign with that key.
+func (v Voters) with(name string, spki []byte) bool {
+	return slices.ContainsFunc(v[name], func(c *x509.Certificate) bool { return bytes.Equal(c.RawSubjectPublicKeyInfo, spki) })
 }
 
-// changes counts the keys that are in one of v and o only: one for a voter that
-// came or went, two for one whose key was replaced.
+// changes counts the voters that are in one of v and o only.
 func (v Voters) changes(o Voters) int {
 	n := 0
 	for name := range v {
-		if !v.sameKey(o, name) {
+		if o[name] == nil {
 			n++
 		}
 	}
 	for name := range o {
-		if !o.sameKey(v, name) {
+		if v[name] == nil {
 			n++
 		}
 	}
@@ -63,50 +61,68 @@ type Members struct {
 // roleVoter is the role in event.NodeInfo of those who cosign.
 const roleVoter = "voter"
 
-// Fold takes an event into account. check says whether a node's certificate is
-// what it should be: signed by the CA der, of that cluster, role and name.
+// Concerns tells whether events of that type change Members.
+func Concerns(typ string) bool {
+	switch typ {
+	case event.TypeClusterCreated, event.TypeNodeJoined, event.TypeNodeRenewed, event.TypeNodeRemoved:
+		return true
+	}
+	return false
+}
+
+// Fold takes an event into account. check says whether a voter's certificate
+// is what it should be: signed by the CA (DER), of that cluster, role and name.
 // An error means that the event cannot be believed.
 func (m *Members) Fold(e *event.Event, check func(ca []byte, cert *x509.Certificate, cluster, name string) error) error {
-	add := func(n event.NodeInfo) error {
-		if n.Role != roleVoter {
-			return nil
-		}
-		cert, err := x509.ParseCertificate(n.Cert)
+	set := func(name string, der []byte, before ...*x509.Certificate) error {
+		cert, err := x509.ParseCertificate(der)
 		if err == nil {
-			err = check(m.CA, cert, m.Cluster, n.Name)
+			err = check(m.CA, cert, m.Cluster, name)
+		}
+		if err == nil {
+			_, err = NewCosigner(name, cert)
 		}
 		if err != nil {
-			return fmt.Errorf("the certificate of node %s: %w", n.Name, err)
+			return fmt.Errorf("the certificate of node %s: %w", name, err)
 		}
 		m.Voters = maps.Clone(m.Voters)
 		if m.Voters == nil {
 			m.Voters = Voters{}
 		}
-		m.Voters[n.Name] = cert
+		m.Voters[name] = append(slices.Clip(before), cert)
 		return nil
 	}
 	switch e.Type {
 	case event.TypeClusterCreated:
-		var p event.ClusterCreated
-		if err := json.Unmarshal(e.Payload, &p); err != nil {
+		p, err := event.Decode[event.ClusterCreated](*e)
+		if err != nil {
 			return err
 		}
 		if m.Cluster != "" || e.Seq != 1 {
 			return errors.New("the cluster is created a second time")
 		}
 		m.Cluster, m.CA = p.ID, p.CA
-		err := add(p.Node)
+		err = set(p.Node.Name, p.Node.Cert)
 		m.Genesis = m.Voters
 		return err
 	case event.TypeNodeJoined:
-		var p event.NodeJoined
-		if err := json.Unmarshal(e.Payload, &p); err != nil {
+		p, err := event.Decode[event.NodeJoined](*e)
+		if err != nil || p.Node.Role != roleVoter {
 			return err
 		}
-		return add(p.Node)
+		return set(p.Node.Name, p.Node.Cert)
+	case event.TypeNodeRenewed:
+		p, err := event.Decode[event.NodeRenewed](*e)
+		if err != nil || m.Voters[p.Name] == nil {
+			return err
+		}
+		if p.Retired {
+			return set(p.Name, p.Cert)
+		}
+		return set(p.Name, p.Cert, m.Voters[p.Name][:1]...)
 	case event.TypeNodeRemoved:
-		var p event.NodeRemoved
-		if err := json.Unmarshal(e.Payload, &p); err != nil {
+		p, err := event.Decode[event.NodeRemoved](*e)
+		if err != nil {
 			return err
 		}
 		m.Voters = maps.Clone(m.Voters)
@@ -122,15 +138,15 @@ func Majority(n int) int { return n/2 + 1 }
 // c.Size events (m) and those of the trusted checkpoint before it (prev; before
 // the first: Genesis), and returns who cosigned. It must have
 //
-//   - a majority of m's voters, and
-//   - when more than one key came or went since prev, a majority of prev too,
-//     with the keys they had then.
+//   - a majority of m's voters; those that prev has too, with a key they had
+//     then: a new key counts from the next checkpoint on; and
+//   - when more than one voter came or went since prev, a majority of prev too.
 //
 // Two sets that differ by one have no two disjoint majorities; so from one
 // checkpoint to the next at least one voter has vouched for both, and a minority
-// of the voters cannot vote the majority out. Cosignatures of others are
-// ignored. A wrong one of a voter spoils the checkpoint: nobody but an adversary
-// makes one.
+// of the voters cannot vote the majority out, nor put keys of its own in its
+// place. Cosignatures of others are ignored. One that claims to be of a voter
+// and is not spoils the checkpoint: nobody but an adversary makes one.
 func (m *Members) CheckNote(b []byte, prev Voters) (Checkpoint, []string, error) {
 	c, sigs, err := ParseNote(b)
 	if err != nil {
@@ -141,18 +157,9 @@ func (m *Members) CheckNote(b []byte, prev Voters) (Checkpoint, []string, error)
 	}
 	var now, then []string
 	for _, s := range sigs {
-		inNow, err := m.Voters.signed(c, s)
-		if err != nil && !m.Voters.sameKey(prev, s.Node) && prev[s.Node] != nil {
-			inNow, err = false, nil // with the key it had before, perhaps
-		}
+		inNow, inThen, err := counts(c, s, m.Voters, prev)
 		if err != nil {
 			return c, nil, err
-		}
-		inThen := inNow && m.Voters.sameKey(prev, s.Node)
-		if !inNow {
-			if inThen, err = prev.signed(c, s); err != nil {
-				return c, nil, err
-			}
 		}
 		if inNow {
 			now = append(now, s.Node)
@@ -162,7 +169,7 @@ func (m *Members) CheckNote(b []byte, prev Voters) (Checkpoint, []string, error)
 		}
 	}
 	if need := Majority(len(m.Voters)); len(now) < need {
-		return c, now, fmt.Errorf("%w: %d of %d (%s), and %d must", ErrCosigners, len(now), len(m.Voters), strings.Join(m.Voters.Names(), ", "), need)
+		return c, now, fmt.Errorf("%w: %d of %d (%s) have, and %d must", ErrCosigners, len(now), len(m.Voters), strings.Join(m.Voters.Names(), ", "), need)
 	}
 	if need := Majority(len(prev)); m.Voters.changes(prev) > 1 && len(then) < need {
 		return c, now, fmt.Errorf("%w: of those as of the checkpoint before (%s), since which more than one came or went, %d have, and %d must", ErrCosigners, strings.Join(prev.Names(), ", "), len(then), need)
@@ -170,16 +177,25 @@ func (m *Members) CheckNote(b []byte, prev Voters) (Checkpoint, []string, error)
 	return c, now, nil
 }
 
-// signed says whether a cosignature is of one of v; an error, that it claims to
-// be and is wrong.
-func (v Voters) signed(c Checkpoint, s Cosignature) (bool, error) {
-	cert := v[s.Node]
-	if cert == nil {
-		return false, nil
+// counts says whether a cosignature counts among the voters now, and among
+// those then.
+func counts(c Checkpoint, s Cosignature, now, then Voters) (inNow, inThen bool, err error) {
+	certs := slices.Concat(now[s.Node], then[s.Node])
+	if len(certs) == 0 {
+		return false, false, nil
 	}
-	who, err := NewCosigner(s.Node, cert)
-	if err == nil {
-		_, err = who.Check(c, s.Sig)
+	for _, cert := range certs {
+		who, err := NewCosigner(s.Node, cert)
+		if err != nil {
+			return false, false, err
+		}
+		if _, err := who.Check(c, s.Sig); err != nil {
+			continue // another of its keys, perhaps
+		}
+		key := cert.RawSubjectPublicKeyInfo
+		inThen = then.with(s.Node, key)
+		inNow = now.with(s.Node, key) && (inThen || then[s.Node] == nil)
+		return inNow, inThen, nil
 	}
-	return err == nil, err
+	return false, false, fmt.Errorf("%w: that of %s", ErrCosignature, s.Node)
 }

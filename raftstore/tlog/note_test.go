@@ -151,6 +151,15 @@ func TestQuorum(t *testing.T) {
 		}
 		return m.Voters
 	}
+	renew := func(retire bool) Voters {
+		m := &Members{Cluster: "x", Voters: set(a, b, c)}
+		fold(t, m, 9, event.TypeNodeRenewed, event.NodeRenewed{Name: "b", Cert: b2.der})
+		if retire {
+			fold(t, m, 10, event.TypeNodeRenewed, event.NodeRenewed{Name: "b", Cert: b2.der, Retired: true})
+		}
+		return m.Voters
+	}
+	renewed, retired := renew(false), renew(true)
 	for _, x := range []struct {
 		name    string
 		prev    Voters
@@ -174,9 +183,14 @@ func TestQuorum(t *testing.T) {
 		{"a minority brings its own", set(a, b, c), set(a, d, e), []voter{a, d, e}, ErrCosigners, 3},
 		{"two came, both majorities", set(a), set(a, b, c), []voter{a, b}, nil, 2},
 		{"two came, without who was there", set(a), set(a, b, c), []voter{b, c}, ErrCosigners, 2},
-		{"a key replaced, the old ones agree", set(a, b, c), set(a, b2, c), []voter{a, b2, c}, nil, 3},
-		{"a key replaced by a minority", set(a, b, c), set(a, b2, c), []voter{a, b2}, ErrCosigners, 2},
-		{"a key replaced, the old key agrees", set(a, b, c), set(a, b2, c), []voter{a, b, c}, nil, 2},
+		{"a key comes, the others agree", set(a, b, c), renewed, []voter{a, b2, c}, nil, 2},
+		{"a key comes by a minority", set(a, b, c), renewed, []voter{a, b2}, ErrCosigners, 1},
+		{"a key comes, the old one agrees", set(a, b, c), renewed, []voter{a, b}, nil, 2},
+		{"a key came", renewed, renewed, []voter{a, b2}, nil, 2},
+		{"the old key goes", renewed, retired, []voter{a, b2}, nil, 2},
+		{"the old key goes and vouches", renewed, retired, []voter{a, b}, ErrCosigners, 1},
+		{"the old key is gone", retired, retired, []voter{a, b}, ErrCosignature, 0},
+		{"a key replaced at once", set(a, b, c), retired, []voter{a, b2}, ErrCosigners, 1},
 		{"forged by who is no b", set(a, b, c), set(a, b, c), []voter{a, b2}, ErrCosignature, 0},
 	} {
 		m := &Members{Cluster: "x", Voters: x.now}
@@ -214,10 +228,11 @@ func TestMembers(t *testing.T) {
 		t.Fatal(got)
 	}
 	for name, err := range map[string]error{
-		"second creation": tryFold(m, 6, event.TypeClusterCreated, event.ClusterCreated{ID: "x", Node: a.info()}),
-		"not its name":    tryFold(m, 6, event.TypeNodeJoined, event.NodeJoined{Node: event.NodeInfo{Name: "z", Role: "voter", Cert: a.der}}),
-		"no certificate":  tryFold(m, 6, event.TypeNodeJoined, event.NodeJoined{Node: event.NodeInfo{Name: "z", Role: "voter"}}),
-		"no payload":      m.Fold(&event.Event{Seq: 6, Proposal: event.Proposal{Type: event.TypeNodeJoined}}, nameIs),
+		"second creation":        tryFold(m, 6, event.TypeClusterCreated, event.ClusterCreated{ID: "x", Node: a.info()}),
+		"not its name":           tryFold(m, 6, event.TypeNodeJoined, event.NodeJoined{Node: event.NodeInfo{Name: "z", Role: "voter", Cert: a.der}}),
+		"renewed with another's": tryFold(m, 6, event.TypeNodeRenewed, event.NodeRenewed{Name: "b", Cert: a.der}),
+		"no certificate":         tryFold(m, 6, event.TypeNodeJoined, event.NodeJoined{Node: event.NodeInfo{Name: "z", Role: "voter"}}),
+		"no payload":             m.Fold(&event.Event{Seq: 6, Proposal: event.Proposal{Type: event.TypeNodeJoined, Version: 1}}, nameIs),
 	} {
 		if err == nil {
 			t.Error(name, "was taken")
