@@ -81,6 +81,7 @@ type Node struct {
 	postgres   *postgres.Protocol
 	env        *protocols.Env
 	tokens     tokenKeep
+	features   features
 
 	nonces identity.Nonces // refuse signed requests that come to this node's door again
 
@@ -177,6 +178,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.store, err = raftstore.Open(raftstore.Config{
 		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
+		HeldBack: n.features.list,
 	})
 	if err != nil {
 		return err
@@ -280,6 +282,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("sweeper", n.targets.sweep)
 	run("contact", n.watchContact)
 	run("members", n.reconcileMembers)
+	run("feature level", n.raiseLevel)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); ctx.Err() != nil {
@@ -377,18 +380,18 @@ func (n *Node) bootstrap(ctx context.Context) error {
 	}
 	for {
 		// It may be there since before a crash, and another node lead now.
-		if _, there, err := n.store.ByID(n.first.ID); err == nil && there {
+		// Ids are forgotten after a day; the cluster's own is not.
+		if _, there, err := n.store.ByID(n.first.ID); err == nil && there || n.state.View().ClusterID == n.first.Created.ID {
 			return os.Remove(filepath.Join(n.cfg.DataDir, bootstrapFile))
 		}
-		_, err := n.store.Append(ctx, event.Proposal{
-			ID: n.first.ID, Type: event.TypeClusterCreated, Version: 1, Aggregate: "cluster", Expect: 0, Payload: payload,
-			Actor: event.Actor{Principal: n.cfg.Name, Kind: event.Node, Authn: "node", CertFP: pki.Fingerprint(n.cert.Raw), Via: n.cfg.Name},
-		})
+		_, err := n.store.Append(ctx, append([]event.Proposal{{
+			ID: n.first.ID, Type: event.TypeClusterCreated, Version: 1, Aggregate: "cluster", Expect: 0, Payload: payload, Actor: n.actor(),
+		}}, n.firstLevel()...)...)
 		if err == nil {
 			continue
 		}
 		var conflict *raftstore.ConflictError
-		if errors.As(err, &conflict) {
+		if v := n.state.View(); errors.As(err, &conflict) && v.Seq > 0 && v.ClusterID != n.first.Created.ID {
 			return fmt.Errorf("the log holds another cluster: %w", err)
 		}
 		select {
@@ -608,7 +611,7 @@ func (n *Node) status(ctx context.Context) api.NodeStatus {
 	s := api.NodeStatus{
 		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Serving: n.serving.Load(), Version: n.version, Started: n.started, Now: time.Now(),
 		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.AppliedLog,
-		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex,
+		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex, FeatureLevel: n.featureLevel(),
 		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev,
 		Spool:   api.Spool{Open: sp.Open, BytesWaiting: sp.BytesWaiting, OldestUnsent: sp.OldestUnsent, Store: n.cfg.Recordings, LastError: sp.LastError},
 		Targets: n.targets.probe(ctx),

@@ -232,7 +232,7 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err != nil {
 		return err
 	}
-	req := &api.JoinRequest{Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient()}
+	req := &api.JoinRequest{Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient(), FeatureLevel: event.Level}
 	if err := req.Sign(tok); err != nil {
 		return err
 	}

@@ -82,6 +82,10 @@ func (s *Store) Version(aggregate string) uint64 {
 	return v
 }
 
+// FeatureLevel is the level the cluster has agreed on, as applied here: events
+// that need a higher one cannot be appended. See event.Encode.
+func (s *Store) FeatureLevel() uint32 { return s.state.Level() }
+
 // Head is the newest event applied here, the Raft index applied up to, and the
 // hash chain over all events.
 func (s *Store) Head() (seq, index uint64, chain [32]byte) {

@@ -94,6 +94,13 @@ type Config struct {
 	// not know, or a disk failed. The Store takes no part in Raft from then on.
 	OnFatal func(error)
 
+	// FeatureLevel is the newest level this build supports, event.Level when 0;
+	// a lower one makes it an older build.
+	FeatureLevel uint32
+	// HeldBack tells who keeps the cluster at its feature level, for people to
+	// read; nil when nobody knows.
+	HeldBack func() []string
+
 	// SnapshotInterval, SnapshotThreshold and TrailingLogs are raft's: how often
 	// to look whether a snapshot is due, after how many entries it is, and how
 	// many entries are kept for followers that are behind. Zero means the
@@ -180,7 +187,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	shared := disk.NewShared(cacheBytes, maxOpenTables)
 	defer shared.Release() // the databases hold it
-	s.state, err = fsm.Open(fsm.Config{Dir: fs.PathJoin(cfg.Dir, stateDir), FS: fs, Shared: shared, Log: s.log, OnFatal: s.fail})
+	s.state, err = fsm.Open(fsm.Config{Dir: fs.PathJoin(cfg.Dir, stateDir), FS: fs, Shared: shared, Log: s.log, OnFatal: s.fail, Level: cfg.FeatureLevel})
 	if err != nil {
 		return nil, err
 	}
@@ -353,7 +360,7 @@ func (s *Store) Bootstrap() error {
 // they became are returned and nothing is appended.
 //
 // Errors: *NotLeaderError, ErrNoLeader, *ConflictError, ErrIDReused, ErrBusy,
-// event.ErrInvalid and event.ErrUnknownType say that nothing was appended.
+// *event.LevelError, event.ErrInvalid and event.ErrUnknownType say that nothing was appended.
 // After ErrUnknownOutcome, or any other, append the same again.
 func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Event, error) {
 	if err := s.Err(); err != nil {
@@ -373,6 +380,9 @@ func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Ev
 		if err != nil {
 			return nil, err
 		}
+	}
+	if err := s.checkLevel(batch); err != nil {
+		return nil, err
 	}
 	b, err := c.Marshal()
 	if err != nil {
@@ -394,6 +404,39 @@ func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Ev
 		return nil, fmt.Errorf("%w: %w", ErrUnknownOutcome, res.Err)
 	}
 	return res.Events, res.Err
+}
+
+// checkLevel refuses to propose what not every member can read.
+func (s *Store) checkLevel(batch []event.Proposal) error {
+	level := s.state.Level()
+	for _, p := range batch {
+		if need := event.Needs(p.Type, p.Version); need > level {
+			e := &event.LevelError{Type: p.Type, Version: p.Version, Needs: need, Have: level}
+			if s.cfg.HeldBack != nil {
+				e.HeldBack = s.cfg.HeldBack()
+			}
+			return e
+		}
+		if p.Type != event.TypeFeatureLevel {
+			continue
+		}
+		raise, err := event.Decode[event.FeatureLevel](event.Event{Proposal: p})
+		if err != nil {
+			return fmt.Errorf("%w: %w", event.ErrInvalid, err)
+		}
+		if raise.Level > s.supports() {
+			return fmt.Errorf("%w: this build supports feature level %d, not %d", event.ErrInvalid, s.supports(), raise.Level)
+		}
+		level = raise.Level
+	}
+	return nil
+}
+
+func (s *Store) supports() uint32 {
+	if s.cfg.FeatureLevel > 0 {
+		return s.cfg.FeatureLevel
+	}
+	return event.Level
 }
 
 // await runs a call of raft and waits for its future or ctx. A call ctx ended

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,7 +27,7 @@ func statusCommand(f *clientFlags) *cobra.Command {
 			if f.json {
 				return printJSON(cmd.OutOrStdout(), st)
 			}
-			say(cmd.OutOrStdout(), "Cluster %s", st.Cluster)
+			say(cmd.OutOrStdout(), "Cluster %s, feature level %d%s", st.Cluster, st.FeatureLevel, heldBack(st))
 			var rows [][]string
 			for _, n := range st.Nodes {
 				if !n.Reachable {
@@ -40,6 +41,14 @@ func statusCommand(f *clientFlags) *cobra.Command {
 			return nil
 		},
 	}
+}
+
+// heldBack says why the feature level does not rise, "" when it need not.
+func heldBack(st *api.Status) string {
+	if len(st.HeldBack) == 0 {
+		return ""
+	}
+	return ", held back: " + strings.Join(st.HeldBack, ", ")
 }
 
 func spoolNote(n api.NodeStatus) string {

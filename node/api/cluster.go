@@ -64,7 +64,8 @@ func everyNode[T any](ctx context.Context, s *Server, path string, local func() 
 
 func (s *Server) status(_ http.ResponseWriter, r *request) (any, error) {
 	v := s.State.View()
-	st := Status{Cluster: v.ClusterID}
+	st := Status{Cluster: v.ClusterID, FeatureLevel: s.Store.FeatureLevel()}
+	offers := map[string]Offer{}
 	local := func() NodeStatus { return s.LocalStatus(r.Context()) }
 	everyNode(r.Context(), s, "/mesh/v1/status", local, func(node string, ns NodeStatus, err error) {
 		ns.Reachable = err == nil
@@ -73,7 +74,9 @@ func (s *Server) status(_ http.ResponseWriter, r *request) (any, error) {
 		}
 		ns.Node, ns.Addr = node, v.Nodes[node].Addr
 		st.Nodes = append(st.Nodes, ns)
+		offers[node] = Offer{ns.FeatureLevel, err}
 	})
+	_, st.HeldBack = Agree(st.FeatureLevel, s.offer(), offers)
 	return st, nil
 }
 
@@ -229,6 +232,9 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 	}
 	if !config.ValidName(in.Name) {
 		return nil, invalid("%q is not a node name (lower-case letters, digits and dashes, at most 63)", in.Name)
+	}
+	if level := s.Store.FeatureLevel(); max(in.FeatureLevel, event.BaseLevel) < level {
+		return nil, invalid("the cluster is at feature level %d and the joining node's build supports %d: install a newer build there", level, max(in.FeatureLevel, event.BaseLevel))
 	}
 	if _, member := v.Nodes[in.Name]; member || v.Removed[in.Name] {
 		return nil, invalid("the cluster has, or had, a node named %q: choose another name", in.Name)

@@ -44,13 +44,15 @@ const (
 
 // Deps is what the API needs of its node.
 type Deps struct {
-	Node      string
-	Dev       bool
-	Store     *raftstore.Store
-	State     *state.Projection
-	Sessions  *session.Registry
-	Approvals *approval.Service
-	Mesh      *tunnel.Mesh
+	Node string
+	Dev  bool
+	// FeatureLevel is the newest feature level this node offers; 0 means event.Level.
+	FeatureLevel uint32
+	Store        *raftstore.Store
+	State        *state.Projection
+	Sessions     *session.Registry
+	Approvals    *approval.Service
+	Mesh         *tunnel.Mesh
 	// Recordings is where recordings end up, lent to readers.
 	Recordings recording.Store
 	// Authenticate says who sends a request with this body, and returns the
@@ -126,6 +128,7 @@ func (s *Server) routes() {
 	s.mesh.Handle("/v1/", s.public)
 	s.mesh.HandleFunc("GET /mesh/v1/status", s.meshStatus)
 	s.mesh.HandleFunc("GET /mesh/v1/head", s.meshHead)
+	s.mesh.HandleFunc("GET /mesh/v1/features", s.meshFeatures)
 	s.mesh.HandleFunc("GET /mesh/v1/sessions", s.meshSessions)
 	s.mesh.HandleFunc("POST /mesh/v1/announce", s.meshAnnounce)
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
@@ -445,12 +448,12 @@ func (s *Server) done(r *request, typ string) (event.Event, bool) {
 
 // propose appends on the leader and waits until this node has folded it.
 func (s *Server) propose(w http.ResponseWriter, r *request, typ, aggregate string, expect uint64, payload any) (event.Event, error) {
-	data, err := json.Marshal(payload)
+	version, data, err := event.Encode(s.Store.FeatureLevel(), typ, payload)
 	if err != nil {
 		return event.Event{}, err
 	}
 	return s.append(r.Context(), w, event.Proposal{
-		ID: r.id, Actor: r.actor, Type: typ, Version: 1, Aggregate: aggregate, Expect: expect, Payload: data,
+		ID: r.id, Actor: r.actor, Type: typ, Version: version, Aggregate: aggregate, Expect: expect, Payload: data,
 	})
 }
 
@@ -476,7 +479,10 @@ func problem(err error) *Problem {
 	var notLeader *raftstore.NotLeaderError
 	var conflict *raftstore.ConflictError
 	var refusal *protocols.Refusal
+	var level *event.LevelError
 	switch {
+	case errors.As(err, &level):
+		return &Problem{Code: "unavailable", Error: "not every member of the cluster can read this yet: " + level.Error(), Status: http.StatusConflict}
 	case errors.As(err, &failure):
 		return failure.Problem
 	case errors.As(err, &refusal):

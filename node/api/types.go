@@ -46,6 +46,7 @@ type NodeStatus struct {
 	Chain        string    `json:"chain,omitempty"` // hash chain over all events, hex: equal on nodes with equal events
 	ConfigIndex  uint64    `json:"config_index,omitempty"`
 	ConfigError  string    `json:"config_error,omitempty"`
+	FeatureLevel uint32    `json:"feature_level,omitempty"` // the newest that this node offers
 	Sessions     int       `json:"sessions"`
 	Spool        Spool     `json:"spool,omitzero"`
 	Dev          bool      `json:"dev,omitempty"`
@@ -66,6 +67,10 @@ type Spool struct {
 type Status struct {
 	Cluster string       `json:"cluster"`
 	Nodes   []NodeStatus `json:"nodes"`
+	// FeatureLevel says which events may be stored; HeldBack names the members
+	// that keep it from rising to what the answering node supports, and why.
+	FeatureLevel uint32   `json:"feature_level"`
+	HeldBack     []string `json:"held_back,omitempty"`
 }
 
 // Sessions are the live sessions of the nodes that answered.
@@ -130,6 +135,8 @@ type JoinRequest struct {
 	CSR       []byte   `json:"csr"` // DER; only its public key is used
 	Hosts     []string `json:"hosts"`
 	Recipient string   `json:"recipient"` // age recipient of the node
+	// FeatureLevel is what the node's build supports; 0, from the first release, means 1.
+	FeatureLevel uint32 `json:"feature_level,omitempty"`
 }
 
 // JoinReply makes the node a member.

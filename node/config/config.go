@@ -51,6 +51,12 @@ type Config struct {
 	// dev-issuer`, targets without TLS. Default false.
 	Dev bool `yaml:"dev,omitempty"`
 
+	// MaxFeatureLevel is the highest feature level that the node offers the
+	// cluster. Set it below the build's own before an upgrade to be able to go
+	// back to the earlier build; take it out afterwards. Default 0: what the
+	// build supports.
+	MaxFeatureLevel uint32 `yaml:"maxFeatureLevel,omitempty"`
+
 	// DataDir is the directory the file was read from; not stored.
 	DataDir string `yaml:"-"`
 }

@@ -48,13 +48,6 @@ type ClusterCreated struct {
 	AdminCertFP    string   `json:"admin_cert_fp"` // SHA-256 hex of the bootstrap administrator's certificate
 }
 
-// FeatureLevel says that from here on events that need up to Level may be
-// stored: every member runs a build that supports it. It never goes down. A
-// build that does not support it stops there.
-type FeatureLevel struct {
-	Level uint32 `json:"level"`
-}
-
 type NodeJoined struct {
 	Node  NodeInfo `json:"node"`
 	Token string   `json:"token"` // id of the join token it used

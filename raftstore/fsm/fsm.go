@@ -70,8 +70,12 @@ type Config struct {
 	// OnFatal hears, once, why this node must stop: divergence, an event this
 	// build does not know, a failed database. It must not block.
 	OnFatal func(error)
-	// Known tells which events can be applied; nil means event.Known.
-	Known func(typ string, version uint32) bool
+	// Level is the newest feature level this build supports, event.Level when 0;
+	// a lower one makes it an older build.
+	Level uint32
+	// Needs is the level from which a version of a type may be stored, 0 for one
+	// that is not known; nil means event.Needs.
+	Needs func(typ string, version uint32) uint32
 }
 
 // FSM is raft's state machine. raft calls Apply, ApplyBatch, Snapshot and
@@ -82,6 +86,7 @@ type FSM struct {
 	db     *pebble.DB
 	logger *disk.Logger
 	head   atomic.Pointer[Head] // what readers see: committed to the database
+	level  atomic.Uint32        // the cluster's feature level at head
 	halted atomic.Pointer[error]
 
 	changed struct {
@@ -101,8 +106,11 @@ func Open(cfg Config) (*FSM, error) {
 	if cfg.FS == nil {
 		cfg.FS = vfs.Default
 	}
-	if cfg.Known == nil {
-		cfg.Known = event.Known
+	if cfg.Level == 0 {
+		cfg.Level = event.Level
+	}
+	if cfg.Needs == nil {
+		cfg.Needs = event.Needs
 	}
 	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
 	o := disk.Options(cfg.FS, l, memTableSize, cfg.Shared)
@@ -151,7 +159,20 @@ func (f *FSM) load() error {
 			return err
 		}
 	}
-	f.publish(h)
+	return f.adopt(h)
+}
+
+// adopt takes up what the database holds, of which h is the head: at the start
+// and after a restore.
+func (f *FSM) adopt(h *Head) error {
+	level, err := readLevel(f.db)
+	if err != nil {
+		return err
+	}
+	if level > f.cfg.Level {
+		return fmt.Errorf("%w: the state is at feature level %d and this build supports %d; run a newer build", event.ErrUnknownType, level, f.cfg.Level)
+	}
+	f.publish(h, level)
 	return nil
 }
 
@@ -177,7 +198,7 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 	results := make([]any, len(logs))
 	b := f.db.NewIndexedBatch()
 	defer b.Close()
-	h := *f.head.Load()
+	h, level := *f.head.Load(), f.level.Load()
 	err := f.haltedError()
 	for i := 0; i < len(logs) && err == nil; i++ {
 		l := logs[i]
@@ -185,14 +206,14 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 			continue // replayed by raft after a restart; nobody waits for it
 		}
 		if l.Type == raft.LogCommand { // a configuration only moves the head
-			if results[i], err = f.applyCommand(b, &h, l); err != nil {
+			if results[i], err = f.applyCommand(b, &h, &level, l); err != nil {
 				f.halt(fmt.Errorf("log entry %d of term %d: %w", l.Index, l.Term, err))
 			}
 		}
 		h.Applied, h.Term = l.Index, l.Term
 	}
 	if err == nil && h.Applied > f.head.Load().Applied {
-		err = f.commit(b, &h)
+		err = f.commit(b, &h, level)
 	}
 	if err != nil {
 		for i := range results {
@@ -204,7 +225,7 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 
 // commit does not sync: raft's log has these entries, synced, until a
 // snapshot, and a snapshot syncs the state first.
-func (f *FSM) commit(b *pebble.Batch, h *Head) error {
+func (f *FSM) commit(b *pebble.Batch, h *Head, level uint32) error {
 	err := b.Set(keyHead, h.marshal(), nil)
 	if err == nil {
 		err = b.Commit(pebble.NoSync)
@@ -213,14 +234,14 @@ func (f *FSM) commit(b *pebble.Batch, h *Head) error {
 		f.halt(fmt.Errorf("write log entries up to %d: %w", h.Applied, err))
 		return err
 	}
-	f.publish(h)
+	f.publish(h, level)
 	return nil
 }
 
-// applyCommand writes a command's events into b and moves h. An error means
+// applyCommand writes a command's events into b and moves h and level. An error means
 // that this node must stop and b be thrown away; a rejection is in the result
 // and writes nothing.
-func (f *FSM) applyCommand(b *pebble.Batch, h *Head, l *raft.Log) (Result, error) {
+func (f *FSM) applyCommand(b *pebble.Batch, h *Head, level *uint32, l *raft.Log) (Result, error) {
 	c, err := unmarshalCommand(l.Data)
 	if err != nil {
 		return Result{}, err
@@ -233,7 +254,7 @@ func (f *FSM) applyCommand(b *pebble.Batch, h *Head, l *raft.Log) (Result, error
 		if ps[i], err = event.UnmarshalProposal(raw); err != nil {
 			return Result{}, err
 		}
-		if !f.cfg.Known(ps[i].Type, ps[i].Version) {
+		if need := f.cfg.Needs(ps[i].Type, ps[i].Version); need == 0 || need > f.cfg.Level {
 			return Result{}, fmt.Errorf("%w: %q version %d; run a newer build", event.ErrUnknownType, ps[i].Type, ps[i].Version)
 		}
 	}
@@ -241,9 +262,19 @@ func (f *FSM) applyCommand(b *pebble.Batch, h *Head, l *raft.Log) (Result, error
 	if err != nil || rejected != nil || earlier != nil {
 		return Result{Events: earlier, Err: rejected}, err
 	}
+	after, rejected, err := f.checkLevel(*level, ps)
+	if err != nil || rejected != nil {
+		return Result{Err: rejected}, err
+	}
 	versions, rejected, err := nextVersions(b, ps)
 	if err != nil || rejected != nil {
 		return Result{Err: rejected}, err
+	}
+	if after != *level {
+		*level = after
+		if err := b.Set(keyLevel, binary.BigEndian.AppendUint32(nil, after), nil); err != nil {
+			return Result{}, err
+		}
 	}
 
 	events := make([]event.Event, len(ps))
@@ -335,6 +366,32 @@ func findEarlier(r pebble.Reader, ps []event.Proposal) (earlier []event.Event, r
 	return earlier, nil, nil
 }
 
+// checkLevel rejects proposals that need a higher feature level than the
+// cluster has agreed on, counting what those before it in the batch raise, and
+// returns the level after them. A leader never proposes such a thing; a
+// defective one does not get it stored. A level above this build's stops it.
+func (f *FSM) checkLevel(level uint32, ps []event.Proposal) (after uint32, rejected, err error) {
+	for _, p := range ps {
+		if need := f.cfg.Needs(p.Type, p.Version); need > level {
+			return 0, &event.LevelError{Type: p.Type, Version: p.Version, Needs: need, Have: level}, nil
+		}
+		if p.Type != event.TypeFeatureLevel {
+			continue
+		}
+		raise, err := event.Decode[event.FeatureLevel](event.Event{Proposal: p})
+		switch {
+		case err != nil:
+			return 0, fmt.Errorf("%w: %w", event.ErrInvalid, err), nil
+		case raise.Level <= level:
+			return 0, fmt.Errorf("%w: the feature level is %d already and never goes down", event.ErrInvalid, level), nil
+		case raise.Level > f.cfg.Level:
+			return 0, nil, fmt.Errorf("%w: feature level %d, this build supports %d; run a newer build", event.ErrUnknownType, raise.Level, f.cfg.Level)
+		}
+		level = raise.Level
+	}
+	return level, nil, nil
+}
+
 // nextVersions checks each proposal's expected version, counting those before
 // it in the batch, and returns the aggregates' versions after each.
 func nextVersions(r pebble.Reader, ps []event.Proposal) (versions []uint64, rejected, err error) {
@@ -375,8 +432,9 @@ func (f *FSM) haltedError() error {
 	return nil
 }
 
-// publish lets readers see h, which is in the database, and wakes them.
-func (f *FSM) publish(h *Head) {
+// publish lets readers see h and level, which are in the database, and wakes them.
+func (f *FSM) publish(h *Head, level uint32) {
+	f.level.Store(level)
 	f.head.Store(h)
 	f.changed.Lock()
 	defer f.changed.Unlock()

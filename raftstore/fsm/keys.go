@@ -13,6 +13,7 @@ import (
 //	I id           be64 seq of the event with that idempotency id
 //	M format       1
 //	M head         see head
+//	M level        be32 the cluster's feature level; absent means event.BaseLevel
 //	V aggregate    be64 version
 //	X be64(index)  be64 first seq, be32 number of events of that log entry
 const (
@@ -27,6 +28,7 @@ const (
 var (
 	keyFormat = []byte("Mformat")
 	keyHead   = []byte("Mhead")
+	keyLevel  = []byte("Mlevel")
 )
 
 func eventKey(seq uint64) []byte {

@@ -20,6 +20,9 @@ const (
 // Head is where the state stands.
 func (f *FSM) Head() Head { return *f.head.Load() }
 
+// Level is the cluster's feature level.
+func (f *FSM) Level() uint32 { return f.level.Load() }
+
 // Err is why the state machine stopped, nil while it runs.
 func (f *FSM) Err() error { return f.haltedError() }
 
@@ -191,6 +194,17 @@ func version(r pebble.Reader, aggregate string) (uint64, error) {
 		return 0, err
 	}
 	return binary.BigEndian.Uint64(v), nil
+}
+
+func readLevel(r pebble.Reader) (uint32, error) {
+	v, err := get(r, keyLevel)
+	if err != nil || v == nil {
+		return event.BaseLevel, err
+	}
+	if len(v) != 4 {
+		return 0, fmt.Errorf("feature level: %w", event.ErrCorrupt)
+	}
+	return binary.BigEndian.Uint32(v), nil
 }
 
 // get copies a value; nil says that there is none. Our values are never empty.

@@ -179,7 +179,10 @@ func (f *FSM) install(t *Tables) error {
 		return err
 	}
 	h := t.Head
-	f.publish(&h)
+	if err := f.adopt(&h); err != nil {
+		f.halt(err)
+		return f.haltedError()
+	}
 	return f.Sync()
 }
 
