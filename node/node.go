@@ -558,6 +558,9 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 		switch e.Type {
 		case event.TypeRevoked:
 			n.fences.begin(v, e)
+			if p, err := event.Decode[event.Revoked](e); err == nil && p.Ends().Kind == event.ScopeNode && p.Ends().Value != n.cfg.Name {
+				n.endpoint.Disconnect(p.Ends().Value)
+			}
 		case event.TypeNodeRemoved:
 			if p, err := event.Decode[event.NodeRemoved](e); err == nil {
 				if p.Name == n.cfg.Name {
