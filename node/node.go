@@ -179,6 +179,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
 		HeldBack: n.features.list,
+		WALDir:   n.cfg.WALDir, WALFailoverDir: n.cfg.WALFailoverDir,
 	})
 	if err != nil {
 		return err
