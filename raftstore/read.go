@@ -147,15 +147,23 @@ func (s *Store) wait(ctx context.Context, reached func(fsm.Head) bool) error {
 	}
 }
 
-// Leader is the leader as this node knows it, "" when it knows none.
+// Leader is the leader as this node knows it, "" when it knows none. A node
+// without a part in Raft knows it from the node that feeds it.
 func (s *Store) Leader() (id, addr string) {
-	a, i := s.raft.Load().LeaderWithID()
-	return string(i), string(a)
+	if r := s.raft.Load(); r != nil {
+		if a, i := r.LeaderWithID(); i != "" {
+			return string(i), string(a)
+		}
+	}
+	return s.feed.leader()
 }
 
 // IsLeader tells whether this node believes to be the leader. It may be wrong
 // for up to HeartbeatTimeout; Append and Barrier are not fooled.
-func (s *Store) IsLeader() bool { return s.raft.Load().State() == raft.Leader }
+func (s *Store) IsLeader() bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader
+}
 
 // LeaderChanges has one token after leadership changed, here or elsewhere, any
 // number of times. It is for one reader.
@@ -168,34 +176,29 @@ func (s *Store) leaderChanged() {
 	}
 }
 
-// watchLeadership drains raft's NotifyCh, on which raft would block.
-func (s *Store) watchLeadership() {
-	for {
-		select {
-		case <-s.notify:
-			s.leaderChanged()
-		case <-s.done:
-			return
-		}
-	}
-}
-
-// Member is a server of the cluster's configuration.
+// Member is a server of Raft's configuration.
 type Member struct {
 	ID, Addr string
 	Voter    bool
 	Leader   bool // as this node knows it
 }
 
-// Members is the newest configuration this node has, committed or not.
+// Members is the newest configuration of Raft this node has: on one with a part
+// in Raft, committed or not.
 func (s *Store) Members() ([]Member, error) {
-	f := s.raft.Load().GetConfiguration()
-	if err := f.Error(); err != nil {
-		return nil, err
+	var servers []raft.Server
+	if r := s.raft.Load(); r != nil {
+		f := r.GetConfiguration()
+		if err := f.Error(); err != nil {
+			return nil, err
+		}
+		servers = f.Configuration().Servers
+	} else if c := s.conf.Load(); c != nil {
+		servers = c.servers
 	}
 	leader, _ := s.Leader()
 	var ms []Member
-	for _, v := range f.Configuration().Servers {
+	for _, v := range servers {
 		ms = append(ms, Member{
 			ID: string(v.ID), Addr: string(v.Address),
 			Voter: v.Suffrage == raft.Voter, Leader: string(v.ID) == leader,
@@ -206,34 +209,41 @@ func (s *Store) Members() ([]Member, error) {
 
 // Status is how a node does.
 type Status struct {
-	State       string // "leader", "follower", "candidate", "shutdown"
+	State       string // "leader", "follower", "candidate", "subscriber", "shutdown"
 	Term        uint64
-	LastIndex   uint64        // newest entry in the log
+	LastIndex   uint64        // newest entry in the log; of a subscriber, in the state
 	CommitIndex uint64        // as known here
 	Applied     uint64        // newest entry in the state; Raft's own do not count
 	AppliedLog  uint64        // newest entry that Raft is done with here, its own included
 	Seq         uint64        // newest event
 	Chain       [32]byte      // at it
-	LastContact time.Duration // since the leader was heard; 0 on the leader, -1 for never
+	LastContact time.Duration // since the leader was heard, by whoever feeds this node; 0 on the leader, -1 for never
+	Source      string        // the node that feeds this one, "" when Raft does
+	Relays      int           // nodes between Source and Raft
 	Members     []Member
 }
 
 // Status tells how this node does.
 func (s *Store) Status() Status {
-	r := s.raft.Load()
 	h := s.state.Head()
-	st := Status{
-		State: strings.ToLower(r.State().String()), Term: r.CurrentTerm(),
-		LastIndex: r.LastIndex(), CommitIndex: r.CommitIndex(),
-		Applied: h.Applied, AppliedLog: r.AppliedIndex(), Seq: h.Seq, Chain: h.Chain,
-	}
-	if st.State != "leader" {
-		if t := r.LastContact(); t.IsZero() {
-			st.LastContact = -1
-		} else {
-			st.LastContact = time.Since(t)
+	st := Status{Applied: h.Applied, Seq: h.Seq, Chain: h.Chain, LastContact: -1}
+	contact := s.feed.status(&st)
+	if r := s.raft.Load(); r != nil {
+		st.State, st.Term = strings.ToLower(r.State().String()), r.CurrentTerm()
+		st.LastIndex, st.CommitIndex, st.AppliedLog = r.LastIndex(), r.CommitIndex(), r.AppliedIndex()
+		if t := r.LastContact(); t.After(contact) {
+			contact = t
 		}
+	} else {
+		st.State, st.Term = "subscriber", max(st.Term, h.Term)
+		st.LastIndex, st.CommitIndex, st.AppliedLog = h.Applied, max(st.CommitIndex, h.Applied), h.Applied
 	}
-	st.Members, _ = s.Members() // raft answers it from memory
+	switch {
+	case st.State == "leader":
+		st.LastContact = 0
+	case !contact.IsZero():
+		st.LastContact = time.Since(contact)
+	}
+	st.Members, _ = s.Members() // answered from memory
 	return st
 }

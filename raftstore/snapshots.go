@@ -91,7 +91,7 @@ type manifest struct {
 
 // newSnapshotStore opens dir/snapshots and removes what a crash left there.
 func newSnapshotStore(fs vfs.FS, dir string, log *slog.Logger, state *fsm.FSM, logs raft.LogStore, fail func(error)) (*snapshotStore, error) {
-	s := &snapshotStore{fs: fs, dir: fs.PathJoin(dir, "snapshots"), log: log, state: state, logs: logs, fail: fail}
+	s := &snapshotStore{fs: fs, dir: fs.PathJoin(dir, snapshotsDir), log: log, state: state, logs: logs, fail: fail}
 	err := fs.MkdirAll(s.dir, 0o700)
 	if err == nil {
 		err = s.clean()

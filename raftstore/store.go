@@ -72,8 +72,8 @@ const (
 	// cacheBytes and maxOpenTables are for both databases together.
 	cacheBytes    = 64 << 20
 	maxOpenTables = 512
-	// In Config.Dir; with snapshots, which is snapshotStore's.
-	logDir, stateDir = "log", "state"
+	// In Config.Dir.
+	logDir, stateDir, snapshotsDir = "log", "state", "snapshots"
 	// strangerGrace times the heartbeat timeout is how long a node must have
 	// been without a leader to listen to one it does not know: see admit.
 	strangerGrace = 10
@@ -89,6 +89,14 @@ type Config struct {
 	// a new leader is there within three times of it. Default 500 ms.
 	HeartbeatTimeout time.Duration
 	Log              *slog.Logger // default: none
+	// Subscribe makes an empty store begin outside Raft, fed by Sources. False,
+	// it waits in Raft for Bootstrap or for a leader that adds it. A store that
+	// is not empty goes on as what it was.
+	Subscribe bool
+	// Sources names the nodes that may feed this one while it is no voter, best
+	// first. Its content is taken as committed: name nobody whose word would not
+	// do in Raft. nil means that this node is never fed and never leaves Raft.
+	Sources func() []Source
 	// OnFatal hears, once and on its own goroutine, that this node must stop:
 	// its events differ from the leader's, there is an event this build does
 	// not know, or a disk failed. The Store takes no part in Raft from then on.
@@ -138,35 +146,35 @@ type Store struct {
 	cfg   Config
 	log   *slog.Logger
 	state *fsm.FSM
+	apply *applier
 	logs  *logstore.Store
-	trans raftTransport
-	raft  atomic.Pointer[raft.Raft] // nil until Open has started it
+	raft  atomic.Pointer[raft.Raft] // nil while this node has no part in Raft
+	feed  feed
+	conf  atomic.Pointer[configuration] // newest committed one known here, nil when none is
 
-	opened  time.Time
 	pending chan struct{} // a token for each waiting Append
 	leader  chan struct{} // LeaderChanges
-	notify  chan bool     // raft's NotifyCh
+	wake    chan struct{} // one token: conf changed
 	done    chan struct{} // closed by Close
 	wg      sync.WaitGroup
+
+	// part is this node's part in Raft, nil while it has none. Open sets it,
+	// then the supervisor alone, then Close.
+	part atomic.Pointer[part]
 
 	fatal struct {
 		once sync.Once
 		c    chan struct{} // closed when err is set
 		err  error
 	}
-	stop struct {
-		sync.Once
-		future raft.Future
-	}
 	use struct {
 		sync.RWMutex // held for reading while the databases are used
 		closed       bool
-		closing      atomic.Bool // tells who reads for long to end
 	}
 }
 
-// Open opens what is in cfg.Dir, or an empty store, and starts Raft. An empty
-// store waits for Bootstrap, or for a leader that adds it.
+// Open opens what is in cfg.Dir, or an empty store, and takes up the part in
+// Raft that it had: see Config.Subscribe.
 func Open(cfg Config) (_ *Store, err error) {
 	if cfg.Dir == "" || cfg.NodeID == "" || cfg.Addr == "" || cfg.Endpoint == nil && cfg.seams.transport == nil {
 		return nil, errors.New("raftstore.Open: incomplete configuration")
@@ -175,10 +183,9 @@ func Open(cfg Config) (_ *Store, err error) {
 	s := &Store{
 		cfg:     cfg,
 		log:     cfg.Log,
-		opened:  time.Now(),
 		pending: make(chan struct{}, maxPending),
 		leader:  make(chan struct{}, 1),
-		notify:  make(chan bool),
+		wake:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
 	}
 	s.fatal.c = make(chan struct{})
@@ -197,6 +204,7 @@ func Open(cfg Config) (_ *Store, err error) {
 			err = errors.Join(err, s.state.Close())
 		}
 	}()
+	s.apply = newApplier(s.state, s.configured)
 	s.logs, err = logstore.Open(logstore.Config{
 		Dir: fs.PathJoin(cfg.Dir, logDir), FS: fs, WALDir: cfg.WALDir, WALFailoverDir: cfg.WALFailoverDir, Shared: shared,
 		Log: s.log, OnFatal: s.fail, Committed: s.committed,
@@ -209,9 +217,13 @@ func Open(cfg Config) (_ *Store, err error) {
 			err = errors.Join(err, s.logs.Close())
 		}
 	}()
-	if err = s.start(); err != nil {
+	if err = s.begins(); err != nil {
 		return nil, err
 	}
+	if cfg.Endpoint != nil {
+		s.serveStreams()
+	}
+	s.wg.Go(s.supervise)
 	return s, nil
 }
 
@@ -239,56 +251,17 @@ func setDefaults(cfg *Config) {
 	}
 }
 
-// committed is an index known to be committed here.
+// committed is an index that this node's own log is known to have committed.
+// What a stream brought to the state says nothing on that.
 func (s *Store) committed() uint64 {
-	index := s.state.Head().Applied
+	index := s.apply.fromRaft.Load()
 	if r := s.raft.Load(); r != nil {
 		index = max(index, r.CommitIndex())
 	}
 	return index
 }
 
-func (s *Store) start() error {
-	hlog := newRaftLogger(s.log)
-	cache, err := raft.NewLogCache(logCacheEntries, s.logs)
-	if err != nil {
-		return err
-	}
-	snaps, err := newSnapshotStore(s.cfg.seams.fs, s.cfg.Dir, s.log, s.state, cache, s.fail)
-	if err != nil {
-		return err
-	}
-	if err := catchUp(s.state, s.logs, snaps); err != nil {
-		return err
-	}
-	s.trans = s.cfg.seams.transport(transport.RaftConfig{
-		Endpoint: s.cfg.Endpoint, Addr: s.cfg.Addr, Log: hlog, LogBusy: s.logs.Busy, Admit: s.admit,
-	})
-	s.wg.Go(s.watchLeadership)
-	stable := raft.StableStore(s.logs)
-	if s.cfg.seams.stable != nil {
-		stable = s.cfg.seams.stable(stable)
-	}
-	r, err := raft.NewRaft(s.raftConfig(hlog), s.state, boundaryLog{cache}, stable, snaps, s.trans)
-	if err != nil {
-		return errors.Join(fmt.Errorf("start raft: %w", err), s.leave())
-	}
-	s.trans.SetRaft(r)
-	s.raft.Store(r)
-	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
-		if _, ok := o.Data.(raft.LeaderObservation); ok {
-			s.leaderChanged()
-		}
-		return false // nothing goes through the observer's channel
-	}))
-	s.leaderChanged()               // for what happened before the observer was there
-	if err := s.Err(); err != nil { // fail found no raft to stop
-		return errors.Join(err, s.leave())
-	}
-	return nil
-}
-
-func (s *Store) raftConfig(hlog hclog.Logger) *raft.Config {
+func (s *Store) raftConfig(hlog hclog.Logger, notify chan bool) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(s.cfg.NodeID)
 	c.HeartbeatTimeout = s.cfg.HeartbeatTimeout
@@ -302,7 +275,7 @@ func (s *Store) raftConfig(hlog hclog.Logger) *raft.Config {
 	c.SnapshotThreshold = s.cfg.SnapshotThreshold
 	c.TrailingLogs = s.cfg.TrailingLogs
 	c.NoSnapshotRestoreOnStart = true // catchUp did what is needed
-	c.NotifyCh = s.notify
+	c.NotifyCh = notify
 	c.Logger = hlog
 	if s.cfg.seams.tune != nil {
 		s.cfg.seams.tune(c)
@@ -318,7 +291,7 @@ func (s *Store) raftConfig(hlog hclog.Logger) *raft.Config {
 // Authorize let in. And a node that was down while all others were replaced
 // knows none of the living: after strangerGrace without any leader, we listen
 // too. A healthy node never does.
-func (s *Store) admit(peer string) error {
+func (s *Store) admit(since time.Time, peer string) error {
 	r := s.raft.Load()
 	if r == nil {
 		return errors.New("starting")
@@ -334,8 +307,8 @@ func (s *Store) admit(peer string) error {
 		return nil
 	}
 	contact := r.LastContact()
-	if contact.Before(s.opened) {
-		contact = s.opened
+	if contact.Before(since) {
+		contact = since
 	}
 	if r.State() != raft.Leader && time.Since(contact) > strangerGrace*s.cfg.HeartbeatTimeout {
 		return nil
@@ -345,9 +318,13 @@ func (s *Store) admit(peer string) error {
 
 // Bootstrap makes an empty store a cluster with this node as its one voter.
 // It returns ErrNotFresh when there is state. Exactly one node of a cluster is
-// bootstrapped, once.
+// bootstrapped, once; its store was opened without Subscribe.
 func (s *Store) Bootstrap() error {
-	err := s.raft.Load().BootstrapCluster(raft.Configuration{Servers: []raft.Server{{
+	r := s.raft.Load()
+	if r == nil {
+		return ErrNotFresh
+	}
+	err := r.BootstrapCluster(raft.Configuration{Servers: []raft.Server{{
 		ID: raft.ServerID(s.cfg.NodeID), Address: raft.ServerAddress(s.cfg.Addr),
 	}}}).Error()
 	if errors.Is(err, raft.ErrCantBootstrap) {
@@ -368,7 +345,7 @@ func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Ev
 		return nil, err
 	}
 	r := s.raft.Load()
-	if r.State() != raft.Leader {
+	if r == nil || r.State() != raft.Leader {
 		return nil, s.notLeader()
 	}
 	head := s.state.Head()
@@ -390,7 +367,7 @@ func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Ev
 		return nil, fmt.Errorf("%w: %w", event.ErrInvalid, err)
 	}
 	var f raft.ApplyFuture
-	err = s.await(ctx, func() raft.Future {
+	err = s.await(ctx, func(r *raft.Raft) raft.Future {
 		f = r.Apply(b, enqueueTimeout)
 		return f
 	})
@@ -442,7 +419,11 @@ func (s *Store) supports() uint32 {
 
 // await runs a call of raft and waits for its future or ctx. A call ctx ended
 // goes on alone; its token stays taken until raft answers.
-func (s *Store) await(ctx context.Context, call func() raft.Future) error {
+func (s *Store) await(ctx context.Context, call func(*raft.Raft) raft.Future) error {
+	r := s.raft.Load()
+	if r == nil {
+		return s.notLeader()
+	}
 	select {
 	case s.pending <- struct{}{}:
 	default:
@@ -455,7 +436,7 @@ func (s *Store) await(ctx context.Context, call func() raft.Future) error {
 		return err
 	}
 	s.wg.Go(func() {
-		err := call().Error()
+		err := call(r).Error()
 		<-s.pending
 		answer <- err
 	})
@@ -499,38 +480,56 @@ func (s *Store) notLeader() error {
 // Barrier returns when this node, the leader, has applied everything that was
 // committed before the call, by any leader. It is one entry in the log.
 func (s *Store) Barrier(ctx context.Context) error {
-	r := s.raft.Load()
-	return s.await(ctx, func() raft.Future { return r.Barrier(enqueueTimeout) })
+	return s.await(ctx, func(r *raft.Raft) raft.Future { return r.Barrier(enqueueTimeout) })
 }
 
-// AddVoter adds a node, or changes its address. Leader only. The node's store
-// must be open and empty, or one that was a member before.
+// AddVoter adds a node with a vote, gives a vote to one that has none, or
+// changes its address. Leader only. The node's store must be open and empty, or
+// one that was a member before.
 func (s *Store) AddVoter(ctx context.Context, id, addr string) error {
-	r := s.raft.Load()
-	return s.await(ctx, func() raft.Future {
+	return s.await(ctx, func(r *raft.Raft) raft.Future {
 		return r.AddVoter(raft.ServerID(id), raft.ServerAddress(addr), 0, enqueueTimeout)
 	})
 }
 
-// Remove removes a node. Leader only. The node itself may never hear of it;
+// AddNonvoter adds a node without a vote: it receives the log and counts for
+// nothing. A subscriber starts its part in Raft when it hears of it. Leader only.
+func (s *Store) AddNonvoter(ctx context.Context, id, addr string) error {
+	return s.await(ctx, func(r *raft.Raft) raft.Future {
+		return r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(addr), 0, enqueueTimeout)
+	})
+}
+
+// Demote takes a node's vote; it goes on receiving the log until Remove. Taking
+// the vote first is what lets a running node hear that it has none, and so
+// leave Raft by itself. Leader only.
+func (s *Store) Demote(ctx context.Context, id string) error {
+	return s.await(ctx, func(r *raft.Raft) raft.Future {
+		return r.DemoteVoter(raft.ServerID(id), 0, enqueueTimeout)
+	})
+}
+
+// Remove takes a node out of Raft. Leader only. One that is fed by a stream
+// hears of it and subscribes; one that was removed from the cluster may never:
 // what makes it powerless is that the Endpoint's Authorize refuses it.
 func (s *Store) Remove(ctx context.Context, id string) error {
-	r := s.raft.Load()
-	return s.await(ctx, func() raft.Future {
+	return s.await(ctx, func(r *raft.Raft) raft.Future {
 		return r.RemoveServer(raft.ServerID(id), 0, enqueueTimeout)
 	})
 }
 
 // TransferLeadership makes the most advanced other voter the leader. Leader only.
 func (s *Store) TransferLeadership(ctx context.Context) error {
-	r := s.raft.Load()
-	return s.await(ctx, func() raft.Future { return r.LeadershipTransfer() })
+	return s.await(ctx, func(r *raft.Raft) raft.Future { return r.LeadershipTransfer() })
 }
 
 // Snapshot takes a snapshot now, whatever the threshold, and shortens the log.
+// A node without a part in Raft has no log to shorten.
 func (s *Store) Snapshot(ctx context.Context) error {
-	r := s.raft.Load()
-	err := s.await(ctx, func() raft.Future { return r.Snapshot() })
+	if s.raft.Load() == nil {
+		return nil
+	}
+	err := s.await(ctx, func(r *raft.Raft) raft.Future { return r.Snapshot() })
 	if errors.Is(err, raft.ErrNothingNewToSnapshot) {
 		return nil
 	}
@@ -565,15 +564,13 @@ const closeTimeout = 5 * time.Second
 // Close hands leadership to another voter if this node has it, leaves Raft and
 // closes the databases. After a fatal error it may leave them as they are.
 func (s *Store) Close() error {
-	r := s.raft.Load()
-	if r.State() == raft.Leader && s.otherVoters() {
+	if r := s.raft.Load(); r != nil && r.State() == raft.Leader && s.otherVoters(r) {
 		ctx, cancel := context.WithTimeout(context.Background(), 4*s.cfg.HeartbeatTimeout)
 		if err := s.TransferLeadership(ctx); err != nil {
 			s.log.Warn("leadership was not handed over", "error", err)
 		}
 		cancel()
 	}
-	s.use.closing.Store(true)
 	s.use.Lock()
 	defer s.use.Unlock()
 	if s.use.closed {
@@ -598,28 +595,27 @@ func (s *Store) Close() error {
 // leave ends this node's part in Raft and waits for all that uses the databases.
 func (s *Store) leave() error {
 	close(s.done)
-	f := s.shutdown()
-	err := s.trans.Close() // before waiting: raft may wait for a call to a dead peer
-	if f != nil {
-		err = errors.Join(err, f.Error())
+	s.shutdown() // appends wait for it
+	var err error
+	if p := s.part.Load(); p != nil {
+		err = p.trans.Close() // before waiting: raft may wait for a call to a dead peer
 	}
-	s.wg.Wait()
+	s.wg.Wait() // from here on nobody else changes part
+	if p := s.part.Load(); p != nil {
+		err = errors.Join(err, p.end())
+	}
 	return err
 }
 
-// shutdown tells raft to stop, once; its future waits. It is nil while there
-// is no raft.
-func (s *Store) shutdown() raft.Future {
-	r := s.raft.Load()
-	if r == nil {
-		return nil
+// shutdown tells raft to stop, and waits for nothing.
+func (s *Store) shutdown() {
+	if p := s.part.Load(); p != nil {
+		p.shutdown()
 	}
-	s.stop.Do(func() { s.stop.future = r.Shutdown() })
-	return s.stop.future
 }
 
-func (s *Store) otherVoters() bool {
-	for _, v := range s.raft.Load().GetConfiguration().Configuration().Servers {
+func (s *Store) otherVoters(r *raft.Raft) bool {
+	for _, v := range r.GetConfiguration().Configuration().Servers {
 		if v.Suffrage == raft.Voter && string(v.ID) != s.cfg.NodeID {
 			return true
 		}

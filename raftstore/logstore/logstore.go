@@ -41,13 +41,19 @@ const walFailoverAfter = 200 * time.Millisecond
 //	L be64(index)  entry: type u8, term le64, appended le64 ns, len(extensions) le32, extensions, data
 //	S key          value of the stable store, as raft gave it
 //	M commit       be64, index known committed when the last entries were stored
+//	M raft         1 while this node has a part in Raft, 0 while it has none
 const (
 	prefixLog    = 'L'
 	prefixStable = 'S'
 	headerSize   = 1 + 8 + 8 + 4
 )
 
-var commitKey = []byte("Mcommit")
+var (
+	commitKey = []byte("Mcommit")
+	raftKey   = []byte("Mraft")
+)
+
+const keyCurrentTerm = "CurrentTerm" // raft's name for it
 
 // The vote is two values to raft, which writes them one after the other
 // (raft.go persistVote). A crash between them would keep a term without its
@@ -359,6 +365,61 @@ func (s *Store) findFirst(index uint64) error {
 		s.first.Store(binary.BigEndian.Uint64(it.Key()[1:]))
 	}
 	return it.Error()
+}
+
+// InRaft says whether this node has a part in Raft: what BeginRaft or Wipe last
+// said. known is false when neither was ever called.
+func (s *Store) InRaft() (in, known bool, err error) {
+	v, err := s.get(raftKey)
+	if errors.Is(err, errNotFound) {
+		return false, false, nil
+	}
+	return len(v) == 1 && v[0] == 1, err == nil, err
+}
+
+// BeginRaft notes, durably, that this node has a part in Raft from now on. Its
+// term becomes at least term; in a term it was not in, it has cast no vote.
+func (s *Store) BeginRaft(term uint64) error {
+	now, err := s.GetUint64([]byte(keyCurrentTerm))
+	if err != nil && !errors.Is(err, errNotFound) {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.db.NewBatch()
+	defer b.Close()
+	err = b.Set(raftKey, []byte{1}, nil)
+	if term > now {
+		err = errors.Join(err, b.Set(stableKey([]byte(keyCurrentTerm)), binary.BigEndian.AppendUint64(nil, term), nil))
+	}
+	if err = errors.Join(err, b.Commit(pebble.Sync)); err != nil {
+		return fmt.Errorf("begin a part in raft: %w", err)
+	}
+	return nil
+}
+
+// Wipe deletes all entries and notes, in the same durable step, that this node
+// has no part in Raft. Term and vote stay: they are promises to others. Nobody
+// may use the log meanwhile.
+func (s *Store) Wipe() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.db.NewBatch()
+	defer b.Close()
+	err := errors.Join(
+		b.DeleteRange([]byte{prefixLog}, []byte{prefixLog + 1}, nil),
+		b.Delete(commitKey, nil),
+		b.Set(raftKey, []byte{0}, nil),
+		b.Commit(pebble.Sync),
+	)
+	if err != nil {
+		return fmt.Errorf("wipe the raft log: %w", err)
+	}
+	s.first.Store(0)
+	s.last.Store(0)
+	s.staged.Store(0)
+	s.stored.Store(0)
+	return nil
 }
 
 // StageCommitIndex takes an index that is committed; the next StoreLogs stores

@@ -187,6 +187,7 @@ type Cluster struct {
 func New(t testing.TB, n int, conf func(*raftstore.Config)) *Cluster {
 	t.Helper()
 	c := &Cluster{CA: NewCA(t), t: t, conf: conf}
+	t.TempDir() // the first call says when all are removed: after close
 	t.Cleanup(c.close)
 	for range n {
 		c.Add()
