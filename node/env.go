@@ -268,6 +268,8 @@ func (n *Node) targetFor(v *state.View, want protocols.Want) (*bundle.Target, *p
 		return nil, &protocols.Refusal{Rule: "no-target", Reason: fmt.Sprintf("there is no %s target %q: the user name names the target, optionally as target.profile", want.Protocol, want.Target), Code: "28000"}
 	case t.Dev && !n.cfg.Dev:
 		return nil, &protocols.Refusal{Rule: "no-target", Reason: fmt.Sprintf("target %q is for trials; this node was not started with --dev", want.Target), Code: "28000"}
+	case !t.ServedBy(n.cfg.Name):
+		return nil, &protocols.Refusal{Rule: "not-served-here", Reason: fmt.Sprintf("target %q is not served by node %s: connect to one of %s", want.Target, n.cfg.Name, strings.Join(t.Nodes, ", ")), Code: "57P03"}
 	case !t.Allows(want.Database):
 		return nil, &protocols.Refusal{Rule: "no-database", Reason: fmt.Sprintf("database %q is not open on target %q; name one of: %s", want.Database, want.Target, strings.Join(t.Databases, ", ")), Code: "3D000"}
 	}
@@ -344,24 +346,6 @@ func (n *Node) propose(ctx context.Context, typ string, id event.ID, payload any
 	return c.Seq, nil
 }
 
-var errNoVault = errors.New("this node has not received the cluster's vault yet")
-
-func (n *Node) seal(name string, plain []byte) (event.Sealed, error) {
-	v := n.state.View()
-	if v.VaultRecipient == "" {
-		return nil, errNoVault
-	}
-	return vault.Seal(v.VaultRecipient, name, plain)
-}
-
-func (n *Node) unseal(name string, sealed event.Sealed) ([]byte, error) {
-	v := n.vault.Load()
-	if v == nil {
-		return nil, errNoVault
-	}
-	return v.Open(name, sealed)
-}
-
 // verifyVote checks an approver's own credential from what the vote holds: a
 // token that was valid when the vote was stored, or a signature over exactly
 // this approval of exactly this request.
@@ -400,7 +384,7 @@ func (n *Node) apiDeps() api.Deps {
 		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings,
 		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
-		Seal:        n.seal, Open: n.unseal, SignNode: n.signMember,
+		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,
 		Fence: n.fence, Leave: n.leave, LocalStatus: n.status, Audit: n.audit.call,
 		Now: time.Now, Log: n.log,
 	}
@@ -441,25 +425,6 @@ func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []
 	}
 	proof, err := json.Marshal(p)
 	return subject, proof, err
-}
-
-// signMember issues a member's certificate with the CA's key, unsealed for
-// just this.
-func (n *Node) signMember(req *api.JoinRequest, role string) (event.NodeInfo, error) {
-	v := n.state.View()
-	vlt := n.vault.Load()
-	if vlt == nil {
-		return event.NodeInfo{}, errNoVault
-	}
-	keyDER, err := vlt.Open(caKeyName, v.CAKey)
-	if err != nil {
-		return event.NodeInfo{}, err
-	}
-	ca, err := pki.LoadCA(v.CA, keyDER)
-	if err != nil {
-		return event.NodeInfo{}, err
-	}
-	return signNode(ca, vlt, req, n.cluster, role, time.Now())
 }
 
 // fence answers when this node has stopped everything of the revocations up to

@@ -248,7 +248,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.fences = newFences(n.sessions, n.cfg.Name)
 	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
 	n.approvals = approval.New(approval.Env{
-		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.seal, VerifyVote: n.verifyVote,
+		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.sealHere, VerifyVote: n.verifyVote,
 		Decide: n.decide, Now: time.Now, Log: n.log,
 	})
 	n.env = n.newEnv()
@@ -283,6 +283,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("contact", n.watchContact)
 	run("members", n.reconcileMembers)
 	run("feature level", n.raiseLevel)
+	run("secrets", n.keepSealed)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); ctx.Err() != nil {
@@ -541,15 +542,19 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 	if n.vault.Load() == nil {
 		if info, ok := v.Nodes[n.cfg.Name]; ok {
 			vlt, err := vault.Unwrap(n.ident, info.VaultWrap, v.VaultRecipient)
-			if err != nil {
+			if len(info.VaultWrap) == 0 {
+				// The cluster seals to its nodes' own keys.
+			} else if err != nil {
 				n.fail(fmt.Errorf("this node cannot unwrap the cluster's vault: %w", err))
 			} else {
 				n.vault.Store(vlt)
 			}
 		}
 	}
-	if v.ConfigIndex != old.ConfigIndex {
+	if v.ConfigVersion != old.ConfigVersion {
 		n.targets.update(v)
+	}
+	if v.ConfigIndex != old.ConfigIndex {
 		if err := n.verifier.Update(providers(v, n.cfg.Dev)); err != nil {
 			n.log.Error("identity providers could not be taken up; the earlier ones stand", "err", err)
 		}

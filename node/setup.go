@@ -81,7 +81,7 @@ func Init(o InitOptions) error {
 	if err != nil {
 		return err
 	}
-	sealedKey, err := vault.Seal(v.Recipient(), caKeyName, caKey)
+	sealedKey, err := vault.Seal(caKeyName, caKey, v.Recipient())
 	if err != nil {
 		return err
 	}
@@ -177,10 +177,8 @@ func keptKeys(dir string) (*ecdsa.PrivateKey, *vault.NodeIdentity, []byte, error
 	return key, ident, csr, errors.Join(pki.SaveKey(keyPath, key), ident.Save(idPath))
 }
 
-// caKeyName is the name that the CA's key is sealed under.
-const caKeyName = "ca-key"
-
-// signNode makes a member's certificate and wraps the vault for it.
+// signNode makes a member's certificate and, when the cluster has a vault that
+// is still in use, wraps it for the member.
 func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster, role string, now time.Time) (event.NodeInfo, error) {
 	host, _, err := net.SplitHostPort(req.Addr)
 	if err != nil {
@@ -191,13 +189,18 @@ func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster, role st
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
+	if err := vault.CheckRecipient(req.Recipient); err != nil {
+		return event.NodeInfo{}, err
+	}
 	cert, err := ca.SignNode(req.CSR, cluster, role, req.Name, sans, now)
 	if err != nil {
 		return event.NodeInfo{}, err
 	}
-	wrap, err := v.Wrap(req.Recipient)
-	if err != nil {
-		return event.NodeInfo{}, err
+	var wrap []byte
+	if v != nil {
+		if wrap, err = v.Wrap(req.Recipient); err != nil {
+			return event.NodeInfo{}, err
+		}
 	}
 	return event.NodeInfo{Name: req.Name, Addr: req.Addr, Role: role, Cert: cert, Recipient: req.Recipient, VaultWrap: wrap}, nil
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/sallyport/sallyport/node/bundle"
 	"github.com/sallyport/sallyport/node/credential"
 	"github.com/sallyport/sallyport/node/state"
+	"github.com/sallyport/sallyport/node/vault"
 	"github.com/sallyport/sallyport/policy"
 	"github.com/sallyport/sallyport/protocols"
 	"github.com/sallyport/sallyport/protocols/mask"
@@ -74,7 +75,14 @@ func (t *targets) update(v *state.View) {
 	var configs []credential.TargetConfig
 	if v.Config != nil {
 		for _, tg := range v.Config.Targets {
-			if c, err := t.config(v, tg); err != nil {
+			if !tg.ServedBy(t.n.cfg.Name) {
+				continue
+			}
+			if c, err := t.config(v, tg); errors.Is(err, vault.ErrNotSealedToUs) {
+				// This node has just come, or may serve the target since just now:
+				// another node seals the password to it in a moment.
+				t.n.log.Info("a target's password is not sealed to this node yet", "target", tg.Name)
+			} else if err != nil {
 				t.n.log.Error("a target cannot be used", "target", tg.Name, "err", err)
 			} else {
 				configs = append(configs, c)
@@ -99,17 +107,13 @@ func (t *targets) config(v *state.View, tg *bundle.Target) (credential.TargetCon
 	if tg.Dev && !t.n.cfg.Dev {
 		return credential.TargetConfig{}, errors.New("it is for trials; this node was not started with --dev")
 	}
-	vlt := t.n.vault.Load()
-	if vlt == nil {
-		return credential.TargetConfig{}, errNoVault
-	}
-	password, err := vlt.OpenSecret(api.SecretName(tg.SecretName()), v.Secrets[tg.SecretName()])
+	password, err := t.n.unseal(api.SecretName(tg.SecretName()), v.Secrets[tg.SecretName()])
 	if err != nil {
 		return credential.TargetConfig{}, err
 	}
 	c := credential.TargetConfig{
 		Name: tg.Name, Address: tg.Address, TLSMode: string(tg.TLS.Mode), CA: tg.TLS.CA, ServerName: tg.TLS.ServerName,
-		AdminUser: tg.Admin.User, AdminDatabase: tg.Admin.Database, AdminPassword: password, MaxSession: tg.MaxSession,
+		AdminUser: tg.Admin.User, AdminDatabase: tg.Admin.Database, AdminPassword: vault.NewSecret(string(password)), MaxSession: tg.MaxSession,
 	}
 	for _, r := range tg.Roles {
 		c.Roles = append(c.Roles, credential.RoleRule{Groups: r.Groups, Profile: r.Profile, Role: r.Role})
@@ -183,7 +187,10 @@ func (t *targets) probe(ctx context.Context) map[string]string {
 	out := map[string]string{}
 	var wg sync.WaitGroup
 	var mu sync.Mutex
-	for name := range v.Config.Targets {
+	for name, tg := range v.Config.Targets {
+		if !tg.ServedBy(t.n.cfg.Name) {
+			continue
+		}
 		t.mu.Lock()
 		p, ok := t.probed[name]
 		t.mu.Unlock()
@@ -216,7 +223,10 @@ func (t *targets) sweep(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		if v := t.n.state.View(); v.Config != nil {
-			for name := range v.Config.Targets {
+			for name, tg := range v.Config.Targets {
+				if !tg.ServedBy(t.n.cfg.Name) {
+					continue
+				}
 				sctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 				dropped, err := t.issuer.Sweep(sctx, name, t.liveness)
 				cancel()
@@ -275,11 +285,12 @@ func (n *Node) newPostgres(cert *tls.Certificate) *postgres.Protocol {
 			return nil
 		},
 		HashKey: func() []byte {
-			// Before the node has the vault no target can be used either.
-			if v := n.vault.Load(); v != nil {
-				return v.Derive("mask/hash")
+			// A node without the key has no target's password either.
+			key, err := n.maskKey(n.state.View())
+			if err != nil {
+				n.log.Error("values cannot be hashed", "err", err)
 			}
-			return nil
+			return key
 		},
 		MaskKind: func(col policy.Resource) mask.Kind {
 			if t := target(col.Path[0]); t != nil {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -17,7 +19,9 @@ import (
 	"github.com/sallyport/sallyport/node/bundle"
 	"github.com/sallyport/sallyport/node/state"
 	"github.com/sallyport/sallyport/node/tunnel"
+	"github.com/sallyport/sallyport/node/vault"
 	"github.com/sallyport/sallyport/policy"
+	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
@@ -61,7 +65,7 @@ func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
 	if _, taken := b.Providers[policy.BootstrapProvider]; taken {
 		return nil, invalid("no identity provider may be named %q", policy.BootstrapProvider)
 	}
-	secrets, kept, err := s.sealSecrets(b, in.Secrets, v.Secrets)
+	secrets, to, kept, err := s.sealSecrets(b, in.Secrets, v)
 	if err != nil {
 		return nil, err
 	}
@@ -88,36 +92,56 @@ func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
 	if in.Expect != v.ConfigIndex {
 		return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration was changed by someone else after the plan was made: plan again", Status: http.StatusConflict}}
 	}
-	version := s.Store.Version("config")
-	if s.State.View().ConfigIndex != in.Expect { // changed between the two reads
-		return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration is being changed by someone else: plan again", Status: http.StatusConflict}}
-	}
-	ev, err := s.propose(w, r, event.TypeConfigApplied, "config", version,
-		event.ConfigApplied{Files: b.Files, Secrets: secrets, Digest: b.Digest})
-	if err != nil {
-		return nil, err
+	var ev event.Event
+	for try := 0; ; try++ {
+		version := s.Store.Version("config")
+		if s.State.View().ConfigIndex != in.Expect { // changed between the two reads
+			return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration is being changed by someone else: plan again", Status: http.StatusConflict}}
+		}
+		ev, err = s.propose(w, r, event.TypeConfigApplied, "config", version,
+			event.ConfigApplied{Files: b.Files, Secrets: secrets, SealedTo: to, Digest: b.Digest})
+		var conflict *raftstore.ConflictError
+		if err == nil {
+			break
+		}
+		if !errors.As(err, &conflict) || try == 3 {
+			return nil, err
+		}
+		s.awaitSeq(r.Context(), strconv.FormatUint(s.State.View().Seq+1, 10)) // its secrets were sealed anew meanwhile
 	}
 	res.Applied, res.Index = true, ev.Index
 	return res, nil
 }
 
 // sealSecrets keeps, of the secrets given and stored, those the bundle wants.
-func (s *Server) sealSecrets(b *bundle.Bundle, given map[string][]byte, stored map[string]event.Sealed) (map[string]event.Sealed, map[string]bool, error) {
+func (s *Server) sealSecrets(b *bundle.Bundle, given map[string][]byte, v *state.View) (map[string]event.Sealed, map[string]event.Recipients, map[string]bool, error) {
 	out, kept := map[string]event.Sealed{}, map[string]bool{}
+	to := map[string]event.Recipients{}
+	nodes := map[string][]string{}
+	for _, t := range b.Targets {
+		nodes[t.SecretName()] = t.Nodes
+	}
 	for _, n := range b.SecretNames() {
 		if plain, ok := given[n]; ok {
-			sealed, err := s.Seal(SecretName(n), plain)
+			sealed, recipients, err := s.SealSecret(SecretName(n), plain, nodes[n])
 			if err != nil {
-				return nil, nil, err
+				return nil, nil, nil, invalid("%v", err)
 			}
 			out[n] = sealed
-		} else if sealed, ok := stored[n]; ok {
+			if recipients != nil {
+				to[n] = recipients
+			}
+		} else if sealed, ok := v.Secrets[n]; ok {
+			// If others may open it now, a node that can seals it anew.
 			out[n], kept[n] = sealed, true
+			if recipients, ok := v.SealedTo[n]; ok {
+				to[n] = recipients
+			}
 		} else {
-			return nil, nil, invalid("the configuration needs the secret %s, which was neither given nor stored before", n)
+			return nil, nil, nil, invalid("the configuration needs the secret %s, which was neither given nor stored before", n)
 		}
 	}
-	return out, kept, nil
+	return out, to, kept, nil
 }
 
 func (s *Server) approvalInfo(a *state.Approval) ApprovalInfo {
@@ -156,13 +180,17 @@ func (s *Server) approvalOf(r *request) (*state.Approval, error) {
 	return a, nil
 }
 
-func (s *Server) showApproval(_ http.ResponseWriter, r *request) (any, error) {
+func (s *Server) showApproval(w http.ResponseWriter, r *request) (any, error) {
 	a, err := s.approvalOf(r)
 	if err != nil {
 		return nil, err
 	}
 	i := s.approvalInfo(a)
 	text, err := s.Open(approval.SealName(a.ID), a.Text)
+	if errors.Is(err, vault.ErrNotSealedToUs) && tunnel.Peer(r.Context()) == "" {
+		s.toLeader(w, r.Request, r.body) // it is for voters and the node that asked
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the text of the request cannot be unsealed: %w", err)
 	}
@@ -204,7 +232,7 @@ func (s *Server) vote(approve bool) handler {
 				return nil, &Failure{&Problem{Code: "conflict", Error: "you have decided about this request already", Status: http.StatusConflict}}
 			}
 		}
-		proof, err := s.Seal(approval.ProofName(a.ID, r.subject.ID()), r.proof)
+		proof, err := s.Seal(approval.ProofName(a.ID, r.subject.ID()), r.proof, a.Node)
 		if err != nil {
 			return nil, err
 		}
@@ -364,6 +392,7 @@ func (s *Server) meshPropose(w http.ResponseWriter, r *http.Request) {
 
 // ProposeFor is what the leader does with a node's proposal.
 func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Committed, error) {
+	var err error
 	prop := event.Proposal{ID: in.ID, Type: in.Type, Version: 1, Payload: in.Payload}
 	switch in.Type {
 	case event.TypeApprovalAsked:
@@ -402,6 +431,23 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		}
 		prop.Aggregate, prop.Expect = "approval/"+p.ID, a.Version
 		prop.Actor = event.Actor{Principal: node, Kind: event.Node, Authn: "node", Via: node}
+	case event.TypeSecretsSealed:
+		var p SealedProposal
+		if err := json.Unmarshal(in.Payload, &p); err != nil {
+			return nil, invalid("%v", err)
+		}
+		v := s.State.View()
+		if p.Expect != v.ConfigVersion {
+			return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration has changed meanwhile", Status: http.StatusConflict}}
+		}
+		if err := s.CheckSealed(v, node, &p.SecretsSealed); err != nil {
+			return nil, &Failure{&Problem{Code: "forbidden", Error: err.Error(), Status: http.StatusForbidden}}
+		}
+		if prop.Payload, err = json.Marshal(p.SecretsSealed); err != nil {
+			return nil, err
+		}
+		prop.Aggregate, prop.Expect = "config", p.Expect
+		prop.Actor = event.Actor{Principal: node, Kind: event.Node, Authn: "node", Via: node}
 	default:
 		return nil, invalid("a node may not propose %q", in.Type)
 	}
@@ -410,6 +456,26 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		return nil, err
 	}
 	return &Committed{ev.Seq, ev.Index, ev.Time}, nil
+}
+
+// CheckSealed is the leader's look at secrets that a node has sealed anew. What
+// is in them it may not be able to see; so only a node that could open a secret
+// before may replace it, and only for those that may open it.
+func (s *Server) CheckSealed(v *state.View, node string, p *event.SecretsSealed) error {
+	if len(p.Keys) > 0 && node != s.Node {
+		return errors.New("only the leader seals the cluster's own keys")
+	}
+	want := s.WantSealed(v)
+	own := v.Nodes[node].Recipient
+	for name, blob := range p.Secrets {
+		switch before := v.SealedTo[name]; {
+		case len(blob) == 0 || !slices.Equal(p.SealedTo[name], want[name]):
+			return fmt.Errorf("secret %s is not sealed to exactly those that may open it", name)
+		case node != s.Node && !slices.Contains(before, own):
+			return fmt.Errorf("node %s could not open the secret %s, so it cannot seal it anew", node, name)
+		}
+	}
+	return nil
 }
 
 // Limits on approval requests: each is an event of up to 128 KiB that every

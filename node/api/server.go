@@ -65,8 +65,15 @@ type Deps struct {
 	Decide func(req *policy.Request) (policy.Decision, uint64)
 	// VerifyToken checks a caller's token that another node passes on.
 	VerifyToken func(ctx context.Context, token string) (*policy.Subject, error)
-	Seal        func(name string, plain []byte) (event.Sealed, error)
-	Open        func(name string, sealed event.Sealed) ([]byte, error)
+	// Seal encrypts to the voters and the nodes named; name binds the secret to its
+	// place.
+	Seal func(name string, plain []byte, nodes ...string) (event.Sealed, error)
+	// SealSecret encrypts a configuration's secret to the nodes named, all when
+	// there are none, and says to whom; nobody while the cluster has a vault.
+	SealSecret func(name string, plain []byte, nodes []string) (event.Sealed, event.Recipients, error)
+	// WantSealed says to whom each secret of the configuration should be sealed.
+	WantSealed func(v *state.View) map[string]event.Recipients
+	Open       func(name string, sealed event.Sealed) ([]byte, error)
 	// SignNode issues a member's certificate for a role, wrapping the vault for it.
 	SignNode func(req *JoinRequest, role string) (event.NodeInfo, error)
 	// Fence returns when this node has stopped everything of the revocations

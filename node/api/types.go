@@ -231,12 +231,18 @@ type EventInfo struct {
 }
 
 // Proposal is what one node asks the leader to propose for it: the opening and
-// the ending of an approval request.
+// the ending of an approval request, and secrets sealed anew.
 type Proposal struct {
 	Type    string `json:"type"`
 	ID      event.ID
 	Payload []byte `json:"payload"`
 	Token   string `json:"token,omitempty"` // the caller's own token, verified again by the leader
+}
+
+// SealedProposal is a Proposal's payload for secrets sealed anew.
+type SealedProposal struct {
+	event.SecretsSealed
+	Expect uint64 `json:"expect"` // the version of "config" that they were read at
 }
 
 // Committed answers a state change.

@@ -154,6 +154,7 @@ func (t *Target) describe() []field {
 		}
 		out.add(fmt.Sprintf("roles %d", i+1), who+" as "+r.Role)
 	}
+	out.list("nodes", t.Nodes)
 	out.time("maxSession", t.MaxSession)
 	for _, s := range t.Sensitive {
 		out.add("sensitive "+strings.Join([]string{s.Database, s.Schema, s.Table, s.Column}, "."), string(s.Mask))

@@ -24,6 +24,9 @@ type Target struct {
 	MaxSession time.Duration
 	Sensitive  []Sensitive
 	Labels     map[string]string
+	// Nodes are those that may serve the target, and have its password; all when
+	// empty.
+	Nodes []string
 	// Dev marks a target for trials; nodes started without --dev do not serve it.
 	Dev bool
 
@@ -85,6 +88,11 @@ type Sensitive struct {
 // SecretName is the name under which the administrative password is sealed.
 func (t *Target) SecretName() string { return "target/" + t.Name + "/admin-password" }
 
+// ServedBy says whether a node may serve the target.
+func (t *Target) ServedBy(node string) bool {
+	return len(t.Nodes) == 0 || slices.Contains(t.Nodes, node)
+}
+
 // RoleFor is the role of a session of a subject in groups that logged in with
 // profile ("" for none). Without a match there is no session.
 func (t *Target) RoleFor(groups []string, profile string) (role string, ok bool) {
@@ -109,6 +117,9 @@ const (
 
 // loginName is what can stand before and after the dot of a login name.
 var loginName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// nodeName is what nodes may be called.
+var nodeName = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$`)
 
 const loginNameRule = "want 1 to 63 of the characters a-z, 0-9 and -, not beginning or ending with -"
 
@@ -155,6 +166,15 @@ func (r *reading) target(f file, o *object) {
 	t.MaxSession = o.duration("maxSession", defaultMaxSession, time.Minute, longestSession)
 	r.sensitive(o, t)
 	t.Labels = o.textMap("labels")
+	t.Nodes = o.texts("nodes")
+	if o.values["nodes"] != nil && len(t.Nodes) == 0 {
+		o.bad("nodes", "the list is empty; leave it out for all nodes")
+	}
+	for _, n := range t.Nodes {
+		if !nodeName.MatchString(n) {
+			o.bad("nodes", "%q is no name of a node", n)
+		}
+	}
 	o.done()
 	if first := r.targets[t.Name]; first != nil {
 		o.bad("name", "there is another target of this name at %s:%d", first.path, first.line)

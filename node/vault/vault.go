@@ -1,8 +1,11 @@
-// Package vault keeps the cluster's secrets readable by its nodes and by
-// nobody else. The cluster has one vault key (age, X25519); what is stored in
-// the replicated state is sealed to it. Each node has a key of its own, kept in
-// a file, and the vault key is stored once per node, wrapped to that key: so
-// neither disk nor snapshot nor backup of the state shows a secret.
+// Package vault keeps the cluster's secrets readable by the nodes that need
+// them and by nobody else. Each node has a key of its own (age, X25519), kept in
+// a file; what is stored in the replicated state is sealed to the keys of those
+// that may open it: neither disk nor snapshot nor backup of the state shows a
+// secret, nor does one node's key open what is another's.
+//
+// Clusters of the first release have one key instead, the Vault, wrapped to each
+// node's. What was sealed to it stays readable to those that hold it.
 //
 // What is sealed carries its name ("target/prod-db/admin-password"), checked
 // when it is opened: one blob cannot be put in another's place. Sealing needs
@@ -36,8 +39,11 @@ const (
 	MaxPlaintext = 1 << 20
 	// maxName bounds a secret's name.
 	maxName = 512
+	// MaxRecipients bounds to how many nodes one secret is sealed: each costs
+	// about 100 bytes.
+	MaxRecipients = 1024
 	// maxBlob leaves room for age's header and per-chunk tags.
-	maxBlob = MaxPlaintext + maxName + 64<<10
+	maxBlob = MaxPlaintext + maxName + 64<<10 + 128*MaxRecipients
 
 	wrapName = "vault-identity"
 )
@@ -45,7 +51,10 @@ const (
 // ErrWrongName means that a sealed blob opened, but is not the one asked for.
 var ErrWrongName = errors.New("vault: sealed secret bears another name")
 
-// Vault is the cluster's vault key. Only nodes allowed to serve hold one.
+// ErrNotSealedToUs means that a blob was sealed to others' keys.
+var ErrNotSealedToUs = errors.New("vault: sealed to other nodes than this one")
+
+// Vault is the one key of a cluster of the first release.
 type Vault struct{ id *age.X25519Identity }
 
 // New makes a vault key.
@@ -68,11 +77,27 @@ func (v *Vault) Derive(purpose string) []byte {
 // Recipient is the public half, to which anyone may seal.
 func (v *Vault) Recipient() string { return v.id.Recipient().String() }
 
-// Seal encrypts plaintext to recipient under name. The same name must be given to Open.
-func Seal(recipient, name string, plaintext []byte) (event.Sealed, error) {
-	r, err := age.ParseX25519Recipient(recipient)
-	if err != nil {
-		return nil, fmt.Errorf("vault: recipient: %w", err)
+// CheckRecipient says whether s is a node's public key.
+func CheckRecipient(s string) error {
+	if _, err := age.ParseX25519Recipient(s); err != nil {
+		return fmt.Errorf("vault: recipient: %w", err)
+	}
+	return nil
+}
+
+// Seal encrypts plaintext to each of the recipients (at least one) under name.
+// The same name must be given to Open.
+func Seal(name string, plaintext []byte, recipients ...string) (event.Sealed, error) {
+	if len(recipients) == 0 || len(recipients) > MaxRecipients {
+		return nil, fmt.Errorf("vault: seal %s: to %d recipients; want 1 to %d", name, len(recipients), MaxRecipients)
+	}
+	to := make([]age.Recipient, len(recipients))
+	for i, s := range recipients {
+		r, err := age.ParseX25519Recipient(s)
+		if err != nil {
+			return nil, fmt.Errorf("vault: recipient: %w", err)
+		}
+		to[i] = r
 	}
 	if name == "" || len(name) > maxName {
 		return nil, fmt.Errorf("vault: a sealed secret's name has 1 to %d bytes", maxName)
@@ -81,7 +106,7 @@ func Seal(recipient, name string, plaintext []byte) (event.Sealed, error) {
 		return nil, fmt.Errorf("vault: %d bytes to seal; at most %d", len(plaintext), MaxPlaintext)
 	}
 	var out bytes.Buffer
-	w, err := age.Encrypt(&out, r)
+	w, err := age.Encrypt(&out, to...)
 	if err != nil {
 		return nil, fmt.Errorf("vault: seal %s: %w", name, err)
 	}
@@ -103,20 +128,14 @@ func (v *Vault) Open(name string, sealed event.Sealed) ([]byte, error) {
 	return open(v.id, name, sealed)
 }
 
-// OpenSecret is Open for a secret string.
-func (v *Vault) OpenSecret(name string, sealed event.Sealed) (Secret, error) {
-	b, err := v.Open(name, sealed)
-	if err != nil {
-		return Secret{}, err
-	}
-	return NewSecret(string(b)), nil
-}
-
 func open(id age.Identity, name string, sealed []byte) ([]byte, error) {
 	if len(sealed) > maxBlob {
 		return nil, fmt.Errorf("vault: open %s: %d bytes are more than any sealed secret has", name, len(sealed))
 	}
 	r, err := age.Decrypt(bytes.NewReader(sealed), id)
+	if none := new(age.NoIdentityMatchError); errors.As(err, &none) {
+		return nil, fmt.Errorf("%w: %s", ErrNotSealedToUs, name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("vault: open %s: %w", name, err)
 	}
@@ -140,7 +159,7 @@ func open(id age.Identity, name string, sealed []byte) ([]byte, error) {
 
 // Wrap encrypts the vault key to a node's recipient.
 func (v *Vault) Wrap(nodeRecipient string) ([]byte, error) {
-	return Seal(nodeRecipient, wrapName, []byte(v.id.String()))
+	return Seal(wrapName, []byte(v.id.String()), nodeRecipient)
 }
 
 // Unwrap recovers the vault key from a node's wrap and checks that it is the
@@ -162,7 +181,7 @@ func Unwrap(node *NodeIdentity, wrap []byte, recipient string) (*Vault, error) {
 	return v, nil
 }
 
-// NodeIdentity is a node's own key, to which the vault key is wrapped.
+// NodeIdentity is a node's own key, to which its secrets are sealed.
 type NodeIdentity struct{ id *age.X25519Identity }
 
 // NewNodeIdentity makes a node's key.
@@ -176,6 +195,11 @@ func NewNodeIdentity() (*NodeIdentity, error) {
 
 // Recipient is the public half, as NodeInfo.Recipient carries it.
 func (n *NodeIdentity) Recipient() string { return n.id.Recipient().String() }
+
+// Open decrypts what was sealed to this node, among others or alone, under name.
+func (n *NodeIdentity) Open(name string, sealed event.Sealed) ([]byte, error) {
+	return open(n.id, name, sealed)
+}
 
 // Save writes the key to path, readable by the owner only, atomically.
 func (n *NodeIdentity) Save(path string) error {

@@ -28,7 +28,7 @@ func TestSealOpen(t *testing.T) {
 	v, other := mustVault(t), mustVault(t)
 	const name = "target/prod-db/admin-password"
 	for _, plain := range [][]byte{nil, []byte("hunter2"), bytes.Repeat([]byte("x"), MaxPlaintext)} {
-		sealed, err := Seal(v.Recipient(), name, plain)
+		sealed, err := Seal(name, plain, v.Recipient())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,10 +61,11 @@ func TestSealOpen(t *testing.T) {
 func TestSealRefuses(t *testing.T) {
 	v := mustVault(t)
 	for what, f := range map[string]func() error{
-		"recipient": func() error { _, e := Seal("age1nope", "n", nil); return e },
-		"no name":   func() error { _, e := Seal(v.Recipient(), "", nil); return e },
-		"long name": func() error { _, e := Seal(v.Recipient(), strings.Repeat("n", maxName+1), nil); return e },
-		"too large": func() error { _, e := Seal(v.Recipient(), "n", make([]byte, MaxPlaintext+1)); return e },
+		"recipient": func() error { _, e := Seal("n", nil, "age1nope"); return e },
+		"nobody":    func() error { _, e := Seal("n", nil); return e },
+		"no name":   func() error { _, e := Seal("", nil, v.Recipient()); return e },
+		"long name": func() error { _, e := Seal(strings.Repeat("n", maxName+1), nil, v.Recipient()); return e },
+		"too large": func() error { _, e := Seal("n", make([]byte, MaxPlaintext+1), v.Recipient()); return e },
 		"huge blob": func() error { _, e := v.Open("n", make([]byte, maxBlob+1)); return e },
 		"not ours": func() error {
 			r, _ := age.ParseX25519Recipient(v.Recipient())
@@ -112,7 +113,7 @@ func TestWrap(t *testing.T) {
 		t.Error("a vault other than the cluster's was accepted")
 	}
 	// A wrap is not a secret and a secret is not a wrap.
-	sealed, _ := Seal(n1.Recipient(), "x", []byte("y"))
+	sealed, _ := Seal("x", []byte("y"), n1.Recipient())
 	if _, err := Unwrap(n1, sealed, v.Recipient()); err == nil {
 		t.Error("a sealed secret was unwrapped")
 	}
@@ -163,5 +164,33 @@ func TestSecretSaysNothing(t *testing.T) {
 	}
 	if s.Reveal() != plain || (Secret{}).Reveal() != "" || !(Secret{}).IsZero() || s.IsZero() {
 		t.Error("Reveal or IsZero")
+	}
+}
+
+// What is sealed to some nodes is opened by each of them and by no other.
+func TestSealToNodes(t *testing.T) {
+	var ids []*NodeIdentity
+	for range 3 {
+		n, err := NewNodeIdentity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, n)
+	}
+	sealed, err := Seal("target/a", []byte("secret"), ids[0].Recipient(), ids[1].Recipient())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range ids {
+		got, err := n.Open("target/a", sealed)
+		if i < 2 && (err != nil || string(got) != "secret") {
+			t.Errorf("node %d: %q, %v", i, got, err)
+		}
+		if i == 2 && !errors.Is(err, ErrNotSealedToUs) {
+			t.Errorf("another node: %q, %v", got, err)
+		}
+	}
+	if _, err := ids[0].Open("target/b", sealed); !errors.Is(err, ErrWrongName) {
+		t.Errorf("under another name: %v", err)
 	}
 }
