@@ -21,7 +21,9 @@ func (s *Store) begin() (end func(), err error) {
 	return s.use.RUnlock, nil
 }
 
-// ByID finds the event with an idempotency id among those applied here.
+// ByID finds the event with an idempotency id among those applied here. Ids of
+// events older than a day, and of 4096 events, are forgotten from feature level
+// 2 on: then there is none, and an Append with the id is a new one.
 func (s *Store) ByID(id event.ID) (event.Event, bool, error) {
 	end, err := s.begin()
 	if err != nil {

@@ -335,7 +335,7 @@ func (s *Store) Bootstrap() error {
 
 // Append stores proposals as events, together and in order or not at all, and
 // returns them. Only the leader can. If all ids are stored already, the events
-// they became are returned and nothing is appended.
+// they became are returned and nothing is appended; see ByID for how long.
 //
 // Errors: *NotLeaderError, ErrNoLeader, *ConflictError, ErrIDReused, ErrBusy,
 // *event.LevelError, event.ErrInvalid and event.ErrUnknownType say that nothing was appended.
@@ -361,6 +361,9 @@ func (s *Store) Append(ctx context.Context, batch ...event.Proposal) ([]event.Ev
 	}
 	if err := s.checkLevel(batch); err != nil {
 		return nil, err
+	}
+	if s.state.Level() >= fsm.LevelDigest {
+		c.Digest = s.state.Digest()
 	}
 	b, err := c.Marshal()
 	if err != nil {

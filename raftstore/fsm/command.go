@@ -24,11 +24,14 @@ const (
 //	2 seq    uint64, the newest event the leader had applied
 //	3 chain  bytes, 32, the leader's chain at that event
 //	4 proposal bytes, repeated: see event.Proposal.Marshal
+//	5 digest seq   uint64, of the newest digest the leader had recorded; from feature level 2 on
+//	6 digest       bytes, 32
 type Command struct {
 	TimeNanos int64
 	Seq       uint64
 	Chain     [32]byte
 	Proposals [][]byte
+	Digest    Digest // Seq 0 for none
 }
 
 const commandFormat = 1
@@ -58,6 +61,10 @@ func (c *Command) Marshal() ([]byte, error) {
 	for _, p := range c.Proposals {
 		b = protowire.AppendBytes(protowire.AppendTag(b, 4, protowire.BytesType), p)
 	}
+	if c.Digest.Seq > 0 {
+		b = protowire.AppendVarint(protowire.AppendTag(b, 5, protowire.VarintType), c.Digest.Seq)
+		b = protowire.AppendBytes(protowire.AppendTag(b, 6, protowire.BytesType), c.Digest.Sum[:])
+	}
 	return b, nil
 }
 
@@ -75,21 +82,28 @@ func unmarshalCommand(b []byte) (Command, error) {
 		}
 		last, b = n, b[k:]
 		switch {
-		case n <= 2 && typ == protowire.VarintType:
+		case (n <= 2 || n == 5) && typ == protowire.VarintType:
 			var v uint64
 			v, k = protowire.ConsumeVarint(b)
-			if n == 1 {
+			switch n {
+			case 1:
 				c.TimeNanos = int64(v)
-			} else {
+			case 2:
 				c.Seq = v
+			default:
+				c.Digest.Seq = v
 			}
-		case n == 3 && typ == protowire.BytesType:
+		case (n == 3 || n == 6) && typ == protowire.BytesType:
 			var s []byte
 			s, k = protowire.ConsumeBytes(b)
 			if len(s) != len(c.Chain) {
-				return c, fmt.Errorf("%w: chain of %d bytes", errCommand, len(s))
+				return c, fmt.Errorf("%w: a hash of %d bytes", errCommand, len(s))
 			}
-			copy(c.Chain[:], s)
+			if n == 3 {
+				copy(c.Chain[:], s)
+			} else {
+				copy(c.Digest.Sum[:], s)
+			}
 		case n == 4 && typ == protowire.BytesType && len(c.Proposals) < MaxBatch:
 			var s []byte
 			s, k = protowire.ConsumeBytes(b)

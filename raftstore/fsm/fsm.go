@@ -4,8 +4,8 @@
 // applied by the leader before it proposed.
 //
 // It is deterministic: the same entries give the same bytes on every node and
-// on every replay. So it reads no clock, draws no random number, starts no
-// goroutine and writes nothing in the order of a map. An entry this build
+// on every replay. So applying reads no clock, draws no random number, starts
+// no goroutine and writes nothing in the order of a map. An entry this build
 // cannot judge stops the node; skipping it would part it from the others.
 package fsm
 
@@ -85,9 +85,13 @@ type FSM struct {
 	opts   *pebble.Options
 	db     *pebble.DB
 	logger *disk.Logger
-	head   atomic.Pointer[Head] // what readers see: committed to the database
-	level  atomic.Uint32        // the cluster's feature level at head
+	head   atomic.Pointer[Head]   // what readers see: committed to the database
+	level  atomic.Uint32          // the cluster's feature level at head
+	digest atomic.Pointer[Digest] // newest one recorded, Seq 0 for none
 	halted atomic.Pointer[error]
+
+	now     progress // as committed; of the goroutine that applies
+	history builder
 
 	changed struct {
 		sync.Mutex
@@ -130,7 +134,18 @@ func Open(cfg Config) (*FSM, error) {
 	if err := cfg.FS.RemoveAll(f.restoreDir()); err != nil {
 		return nil, errors.Join(fmt.Errorf("remove a half restored snapshot: %w", err), db.Close())
 	}
+	f.startHistory()
 	return f, nil
+}
+
+// progress is where the state stands and what else each command moves. It is
+// stored in the batch of the events that moved it.
+type progress struct {
+	Head
+	level uint32
+	ids   uint64  // number of the oldest event whose id may still be remembered
+	sum   sum     // over the projections
+	mark  *Digest // recorded by this batch; nil for none
 }
 
 func (f *FSM) load() error {
@@ -163,16 +178,28 @@ func (f *FSM) load() error {
 }
 
 // adopt takes up what the database holds, of which h is the head: at the start
-// and after a restore.
+// and after a restore. The builder of the history does not run meanwhile. What
+// an older build did not keep is made up: the digest at once, the history in
+// the background.
 func (f *FSM) adopt(h *Head) error {
-	level, err := readLevel(f.db)
-	if err != nil {
+	p := progress{Head: *h}
+	var err error
+	if p.level, err = readLevel(f.db); err != nil {
 		return err
 	}
-	if level > f.cfg.Level {
-		return fmt.Errorf("%w: the state is at feature level %d and this build supports %d; run a newer build", event.ErrUnknownType, level, f.cfg.Level)
+	if p.level > f.cfg.Level {
+		return fmt.Errorf("%w: the state is at feature level %d and this build supports %d; run a newer build", event.ErrUnknownType, p.level, f.cfg.Level)
 	}
-	f.publish(h, level)
+	if p.ids, err = readIDs(f.db); err != nil {
+		return err
+	}
+	if err := f.adoptDigest(&p); err != nil {
+		return err
+	}
+	if err := f.adoptHistory(h); err != nil {
+		return err
+	}
+	f.publish(&p)
 	return nil
 }
 
@@ -181,6 +208,7 @@ func (f *FSM) Close() error {
 	if f.logger.Failed() {
 		return errors.New("the event store's database failed and was left as it is")
 	}
+	f.history.stop()
 	if err := f.db.LogData(nil, pebble.Sync); err != nil {
 		return errors.Join(err, f.db.Close())
 	}
@@ -198,22 +226,22 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 	results := make([]any, len(logs))
 	b := f.db.NewIndexedBatch()
 	defer b.Close()
-	h, level := *f.head.Load(), f.level.Load()
+	p := f.now
 	err := f.haltedError()
 	for i := 0; i < len(logs) && err == nil; i++ {
 		l := logs[i]
-		if l.Index <= h.Applied {
+		if l.Index <= p.Applied {
 			continue // replayed by raft after a restart; nobody waits for it
 		}
 		if l.Type == raft.LogCommand { // a configuration only moves the head
-			if results[i], err = f.applyCommand(b, &h, &level, l); err != nil {
+			if results[i], err = f.applyCommand(b, &p, l); err != nil {
 				f.halt(fmt.Errorf("log entry %d of term %d: %w", l.Index, l.Term, err))
 			}
 		}
-		h.Applied, h.Term = l.Index, l.Term
+		p.Applied, p.Term = l.Index, l.Term
 	}
-	if err == nil && h.Applied > f.head.Load().Applied {
-		err = f.commit(b, &h, level)
+	if err == nil && p.Applied > f.now.Applied {
+		err = f.commit(b, &p)
 	}
 	if err != nil {
 		for i := range results {
@@ -225,28 +253,34 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 
 // commit does not sync: raft's log has these entries, synced, until a
 // snapshot, and a snapshot syncs the state first.
-func (f *FSM) commit(b *pebble.Batch, h *Head, level uint32) error {
-	err := b.Set(keyHead, h.marshal(), nil)
+func (f *FSM) commit(b *pebble.Batch, p *progress) error {
+	err := b.Set(keyHead, p.Head.marshal(), nil)
+	if err == nil && p.Seq > f.now.Seq {
+		err = errors.Join(p.writeDigest(b), writeHistory(b, p.Seq))
+	}
 	if err == nil {
 		err = b.Commit(pebble.NoSync)
 	}
 	if err != nil {
-		f.halt(fmt.Errorf("write log entries up to %d: %w", h.Applied, err))
+		f.halt(fmt.Errorf("write log entries up to %d: %w", p.Applied, err))
 		return err
 	}
-	f.publish(h, level)
+	f.publish(p)
 	return nil
 }
 
-// applyCommand writes a command's events into b and moves h and level. An error means
+// applyCommand writes a command's events into b and moves h. An error means
 // that this node must stop and b be thrown away; a rejection is in the result
 // and writes nothing.
-func (f *FSM) applyCommand(b *pebble.Batch, h *Head, level *uint32, l *raft.Log) (Result, error) {
+func (f *FSM) applyCommand(b *pebble.Batch, h *progress, l *raft.Log) (Result, error) {
 	c, err := unmarshalCommand(l.Data)
 	if err != nil {
 		return Result{}, err
 	}
-	if err := checkChain(b, h, &c); err != nil {
+	if err := checkChain(b, &h.Head, &c); err != nil {
+		return Result{}, err
+	}
+	if err := checkDigest(b, h.Seq, c.Digest); err != nil {
 		return Result{}, err
 	}
 	ps := make([]event.Proposal, len(c.Proposals))
@@ -262,7 +296,7 @@ func (f *FSM) applyCommand(b *pebble.Batch, h *Head, level *uint32, l *raft.Log)
 	if err != nil || rejected != nil || earlier != nil {
 		return Result{Events: earlier, Err: rejected}, err
 	}
-	after, rejected, err := f.checkLevel(*level, ps)
+	level, rejected, err := f.checkLevel(h.level, ps)
 	if err != nil || rejected != nil {
 		return Result{Err: rejected}, err
 	}
@@ -270,9 +304,9 @@ func (f *FSM) applyCommand(b *pebble.Batch, h *Head, level *uint32, l *raft.Log)
 	if err != nil || rejected != nil {
 		return Result{Err: rejected}, err
 	}
-	if after != *level {
-		*level = after
-		if err := b.Set(keyLevel, binary.BigEndian.AppendUint32(nil, after), nil); err != nil {
+	if level != h.level {
+		h.level = level
+		if err := b.Set(keyLevel, binary.BigEndian.AppendUint32(nil, level), nil); err != nil {
 			return Result{}, err
 		}
 	}
@@ -299,16 +333,27 @@ func (f *FSM) applyCommand(b *pebble.Batch, h *Head, level *uint32, l *raft.Log)
 		seq := binary.BigEndian.AppendUint64(nil, h.Seq)
 		err := errors.Join(
 			b.Set(eventKey(h.Seq), append(h.Chain[:len(h.Chain):len(h.Chain)], envelope...), nil),
-			b.Set(prefixed(prefixID, p.ID[:]), seq, nil),
-			b.Set(prefixed(prefixAggregate, []byte(p.Aggregate)), binary.BigEndian.AppendUint64(nil, versions[i]), nil),
+			h.project(b, prefixed(prefixID, p.ID[:]), nil, seq),
+			h.project(b, prefixed(prefixAggregate, []byte(p.Aggregate)), versionValue(versions[i]-1), versionValue(versions[i])),
+			b.Set(historyKey(p.Aggregate, l.Index, uint32(i)), seq, nil),
 		)
 		if err != nil {
 			return Result{}, err
 		}
 	}
 	at := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, first), uint32(len(ps)))
-	if err := b.Set(indexKey(l.Index), at, nil); err != nil {
+	if err := h.project(b, indexKey(l.Index), nil, at); err != nil {
 		return Result{}, err
+	}
+	if h.level >= levelForget {
+		if err := h.forget(b, 2*len(ps)); err != nil {
+			return Result{}, err
+		}
+	}
+	if h.Seq/digestEvery > (first-1)/digestEvery {
+		if err := h.recordDigest(b); err != nil {
+			return Result{}, err
+		}
 	}
 	return Result{Events: events}, nil
 }
@@ -432,10 +477,15 @@ func (f *FSM) haltedError() error {
 	return nil
 }
 
-// publish lets readers see h and level, which are in the database, and wakes them.
-func (f *FSM) publish(h *Head, level uint32) {
-	f.level.Store(level)
-	f.head.Store(h)
+// publish lets readers see p, which is in the database, and wakes them.
+func (f *FSM) publish(p *progress) {
+	if p.mark != nil {
+		f.digest.Store(p.mark)
+		p.mark = nil
+	}
+	f.now = *p
+	f.level.Store(p.level)
+	f.head.Store(&p.Head)
 	f.changed.Lock()
 	defer f.changed.Unlock()
 	close(f.changed.c)

@@ -9,15 +9,26 @@ import (
 // Keys of the state. The first byte tells the family; numbers are big-endian
 // in keys, so that they sort.
 //
+//	D be64(k)      digest of the projections, 32 bytes, after the log entry that
+//	               stored event 1024k
 //	E be64(seq)    event: chain, 32 bytes, then the envelope
+//	H 1 aggregate  be64 seq of an event of the aggregate, newest first: the key
+//	               ends in the complements of be64(index) and be32(sub)
 //	I id           be64 seq of the event with that idempotency id
+//	M digest       see progress.writeDigest
 //	M format       1
 //	M head         see head
+//	M history      1, be64 seq: events up to it are under H, but for the gap
+//	M historygap   be64 from, be64 to: events from up to, not including, to are
+//	               not under H yet; absent for none
+//	M ids          be64 seq of the oldest event whose id may still be under I
 //	M level        be32 the cluster's feature level; absent means event.BaseLevel
 //	V aggregate    be64 version
 //	X be64(index)  be64 first seq, be32 number of events of that log entry
 const (
+	prefixDigest    = 'D'
 	prefixEvent     = 'E'
+	prefixHistory   = 'H'
 	prefixID        = 'I'
 	prefixAggregate = 'V'
 	prefixIndex     = 'X'
@@ -29,6 +40,11 @@ var (
 	keyFormat = []byte("Mformat")
 	keyHead   = []byte("Mhead")
 	keyLevel  = []byte("Mlevel")
+	keyIDs    = []byte("Mids")
+	keyDigest = []byte("Mdigest")
+
+	keyHistory    = []byte("Mhistory")
+	keyHistoryGap = []byte("Mhistorygap")
 )
 
 func eventKey(seq uint64) []byte {
@@ -40,6 +56,14 @@ func indexKey(index uint64) []byte {
 }
 
 func prefixed(p byte, s []byte) []byte { return append(append(make([]byte, 0, 1+len(s)), p), s...) }
+
+// versionValue is nil for an aggregate that does not exist.
+func versionValue(v uint64) []byte {
+	if v == 0 {
+		return nil
+	}
+	return binary.BigEndian.AppendUint64(nil, v)
+}
 
 // Head is where the state stands.
 type Head struct {

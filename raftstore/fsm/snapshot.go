@@ -32,8 +32,8 @@ const (
 	snapshotMagic = "SPSNAP1\n"
 
 	// maxKey and maxValue bound what a sender can make us hold: an aggregate's
-	// name, an event.
-	maxKey   = 1 + event.MaxAggregate
+	// name in the history, where it is escaped, and an event.
+	maxKey   = 2 + 2*event.MaxAggregate + 2 + 12
 	maxValue = 32 + event.MaxPayload + 16<<10
 
 	exportBuffer = 256 << 10

@@ -169,6 +169,8 @@ func (f *FSM) install(t *Tables) error {
 	if err := f.verify(t); err != nil {
 		return err
 	}
+	f.history.stop()
+	defer f.startHistory()
 	paths := make([]string, len(t.Files))
 	for i, file := range t.Files {
 		paths[i] = f.cfg.FS.PathJoin(t.Dir, file.Name)
