@@ -13,11 +13,12 @@ import (
 // end. Raft is among voters: a gateway can neither vote nor append nor send a
 // snapshot, whatever it says its name is.
 var classRoles = map[string][]string{
-	transport.ClassRaft:   {pki.Voter},
-	transport.ClassBulk:   {pki.Voter},
-	transport.ClassFence:  {pki.Voter, pki.Gateway, pki.Connector},
-	transport.ClassEvents: {pki.Voter, pki.Gateway, pki.Connector},
-	transport.ClassMesh:   {pki.Voter, pki.Gateway, pki.Connector},
+	transport.ClassRaft:    {pki.Voter},
+	transport.ClassBulk:    {pki.Voter},
+	transport.ClassConfirm: {pki.Voter},
+	transport.ClassFence:   {pki.Voter, pki.Gateway, pki.Connector},
+	transport.ClassEvents:  {pki.Voter, pki.Gateway, pki.Connector},
+	transport.ClassMesh:    {pki.Voter, pki.Gateway, pki.Connector},
 }
 
 // authorizePeer says which node a certificate is of, and refuses those that

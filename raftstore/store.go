@@ -151,6 +151,7 @@ type Store struct {
 	raft  atomic.Pointer[raft.Raft] // nil while this node has no part in Raft
 	feed  feed
 	conf  atomic.Pointer[configuration] // newest committed one known here, nil when none is
+	ask   *confirmer
 
 	pending chan struct{} // a token for each waiting Append
 	leader  chan struct{} // LeaderChanges
@@ -189,6 +190,7 @@ func Open(cfg Config) (_ *Store, err error) {
 		done:    make(chan struct{}),
 	}
 	s.fatal.c = make(chan struct{})
+	s.ask = newConfirmer(s)
 	fs := cfg.seams.fs
 	if err := fs.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open the event store: %w", err)
@@ -222,6 +224,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	if cfg.Endpoint != nil {
 		s.serveStreams()
+		s.ask.serve()
 	}
 	s.wg.Go(s.supervise)
 	return s, nil

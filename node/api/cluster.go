@@ -394,11 +394,8 @@ func (s *Server) ClusterHead(ctx context.Context) (uint64, error) {
 }
 
 func (s *Server) confirmedHead(ctx context.Context) (uint64, error) {
-	if err := s.Store.Barrier(ctx); err != nil {
-		return 0, err
-	}
-	seq, _, _ := s.Store.Head()
-	return seq, nil
+	seq, _, err := s.Store.Newest(ctx)
+	return seq, err
 }
 
 func (s *Server) meshHead(w http.ResponseWriter, r *http.Request) {

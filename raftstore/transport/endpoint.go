@@ -29,15 +29,16 @@ import (
 // peer, so that a snapshot queues before no lease. Which roles may speak a class
 // is the owner's Authorize to say.
 const (
-	ClassRaft   = "sallyport-raft/1"   // votes, entries, heartbeats: voters only
-	ClassBulk   = "sallyport-bulk/1"   // snapshots: voters only
-	ClassFence  = "sallyport-fence/1"  // leases and revocations
-	ClassEvents = "sallyport-events/1" // the event stream to those outside Raft
-	ClassMesh   = "sallyport-mesh/1"   // calls between nodes, and sessions tunnelled
+	ClassRaft    = "sallyport-raft/1"    // votes, entries, heartbeats: voters only
+	ClassBulk    = "sallyport-bulk/1"    // snapshots: voters only
+	ClassConfirm = "sallyport-confirm/1" // a voter's term, for linearizable reads: voters only
+	ClassFence   = "sallyport-fence/1"   // leases and revocations
+	ClassEvents  = "sallyport-events/1"  // the event stream to those outside Raft
+	ClassMesh    = "sallyport-mesh/1"    // calls between nodes, and sessions tunnelled
 )
 
 // Classes are all of them.
-var Classes = []string{ClassRaft, ClassBulk, ClassFence, ClassEvents, ClassMesh}
+var Classes = []string{ClassRaft, ClassBulk, ClassConfirm, ClassFence, ClassEvents, ClassMesh}
 
 const (
 	handshakeTimeout = 5 * time.Second
