@@ -44,9 +44,16 @@ func (n *Node) newEnv() *protocols.Env {
 // decide judges at the newest configuration. Whoever holds the bootstrap
 // certificate may call the API even when no rule says so, or no configuration
 // has been applied yet; a forbid stands against them like against anybody.
+//
+// Revocations come first: whoever is refused by one is refused from the moment
+// that this node has folded it, before its sessions are cut.
 func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
 	v := n.state.View()
 	var d policy.Decision
+	b := state.BearerOf(req.Subject).At(n.cfg.Name, targetOf(req.Pairs))
+	if rev := v.Refuses(&b); rev != nil {
+		return policy.Decision{Rule: "revocation/" + rev.ID, Reason: rev.Why()}, v.ConfigIndex
+	}
 	if v.Config != nil {
 		d = v.Config.Policies.Decide(req)
 	} else {
@@ -59,6 +66,24 @@ func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
 		return policy.Decision{Effect: policy.Permit, Rule: "bootstrap-administrator"}, v.ConfigIndex
 	}
 	return d, v.ConfigIndex
+}
+
+// targetOf is the target that pairs are about; of one statement's there is one.
+func targetOf(pairs []policy.Pair) string {
+	for _, p := range pairs {
+		if p.Resource.Type != policy.Cluster && len(p.Resource.Path) > 0 {
+			return p.Resource.Path[0]
+		}
+	}
+	return ""
+}
+
+// bearer is whom a session stands for.
+func bearer(i session.Info) *state.Bearer {
+	return &state.Bearer{
+		Subject: i.Subject, TokenID: i.TokenID, Groups: i.Groups, Claims: i.Claims, IssuedAt: i.Issued,
+		Session: i.ID, Target: i.Target, Node: i.Node,
+	}
 }
 
 func allAPI(pairs []policy.Pair) bool {
@@ -107,8 +132,9 @@ func (n *Node) authenticate(ctx context.Context, cred *protocols.Credential) (*p
 	defer cancel()
 	subject, err := n.verifier.Verify(ctx, cred.Token)
 	if err == nil {
-		if rev, revoked := n.state.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
-			err = revokedError(subject, rev)
+		b := state.BearerOf(subject).At(n.cfg.Name, "")
+		if rev := n.state.View().Refuses(&b); rev != nil {
+			err = &protocols.AuthError{Code: "revoked", Reason: rev.Why()}
 		}
 	}
 	if err != nil {
@@ -127,13 +153,6 @@ func (n *Node) authenticate(ctx context.Context, cred *protocols.Credential) (*p
 	}
 	n.tokens.put(subject, cred.Token)
 	return subject, nil
-}
-
-func revokedError(s *policy.Subject, rev *state.Revocation) *protocols.AuthError {
-	if rev == nil {
-		return &protocols.AuthError{Code: "revoked", Reason: "this token was issued before a revocation of its subject was undone: get a new one"}
-	}
-	return &protocols.AuthError{Code: "revoked", Reason: fmt.Sprintf("access of %s has been revoked (%s): %s", s.ID(), rev.ID, rev.Reason)}
 }
 
 func hostOf(a net.Addr) string {
@@ -206,7 +225,8 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 	}
 	e := session.NewEntry(session.Info{
 		ID: id, Node: n.cfg.Name, Subject: subject.ID(), Target: want.Target, Profile: want.Profile, Database: want.Database, Client: client,
-		Application: want.ApplicationName, Started: now, Deadline: deadline, PolicyIndex: index, Claims: subject.Claims,
+		Application: want.ApplicationName, Started: now, Deadline: deadline, PolicyIndex: index,
+		Claims: subject.Claims, Groups: subject.Groups, TokenID: subject.TokenID, Issued: subject.IssuedAt,
 	})
 	closeRecord := func(end recording.Ending) {
 		if err := w.Close(end); err != nil {
@@ -219,10 +239,10 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 	}
 	// Registered: a revocation from now on finds the session. One before it is
 	// in the state by now.
-	if rev, revoked := n.state.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
+	if rev := n.state.View().Refuses(bearer(e.Info())); rev != nil {
 		n.sessions.Done(e)
 		closeRecord(recording.Ending{At: now, Reason: "revoked"})
-		return refuse(&protocols.Refusal{Rule: "revoked", Reason: revokedError(subject, rev).Reason, Code: "28000"})
+		return refuse(&protocols.Refusal{Rule: "revoked", Reason: rev.Why(), Code: "28000"})
 	}
 	var once sync.Once
 	return &protocols.Access{

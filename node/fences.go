@@ -43,7 +43,7 @@ func newFences(r *session.Registry, node string) *fences {
 	return &fences{node: node, sessions: r, runs: map[uint64]*fenceRun{}}
 }
 
-// begin cuts the sessions of a subject revoked by e. The state that v is part
+// begin cuts the sessions that the revocation e ends. The state that v is part
 // of refuses new ones already. It does not wait.
 func (f *fences) begin(_ *state.View, e event.Event) {
 	p, err := event.Decode[event.Revoked](e)
@@ -63,8 +63,8 @@ func (f *fences) begin(_ *state.View, e event.Event) {
 		defer close(run.done)
 		ctx, cancel := context.WithTimeout(context.Background(), fenceWait)
 		defer cancel()
-		why := &protocols.Refusal{Rule: "revocation/" + p.ID, Reason: fmt.Sprintf("access of %s has been revoked: %s", p.Subject, p.Reason), Code: "57P01"}
-		n, err := f.sessions.CutWhere(ctx, func(i session.Info) bool { return i.Subject == p.Subject }, why)
+		why := &protocols.Refusal{Rule: "revocation/" + p.ID, Reason: fmt.Sprintf("access of %s has been revoked: %s", p.Ends(), p.Reason), Code: "57P01"}
+		n, err := f.sessions.CutWhere(ctx, func(i session.Info) bool { return bearer(i).Ends(p.Ends()) }, why)
 		if err != nil {
 			run.err = fmt.Errorf("%d session(s) pass nothing any more but have not ended: %w", n, err)
 			return

@@ -179,6 +179,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
 		HeldBack: n.features.list,
+		WALDir:   n.cfg.WALDir, WALFailoverDir: n.cfg.WALFailoverDir,
 	})
 	if err != nil {
 		return err
@@ -563,6 +564,9 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 		switch e.Type {
 		case event.TypeRevoked:
 			n.fences.begin(v, e)
+			if p, err := event.Decode[event.Revoked](e); err == nil && p.Ends().Kind == event.ScopeNode && p.Ends().Value != n.cfg.Name {
+				n.endpoint.Disconnect(p.Ends().Value)
+			}
 		case event.TypeNodeRemoved:
 			if p, err := event.Decode[event.NodeRemoved](e); err == nil {
 				if p.Name == n.cfg.Name {

@@ -37,6 +37,9 @@ func (n *Node) authorizePeer(class string, leaf *x509.Certificate) (string, erro
 	if v.Removed[id.Name] {
 		return "", fmt.Errorf("node %s was removed from the cluster", id.Name)
 	}
+	if v.NodeRevoked(id.Name) != nil {
+		return "", fmt.Errorf("node %s was revoked", id.Name)
+	}
 	if info, known := v.Nodes[id.Name]; known && !leaf.Equal(mustCert(info.Cert)) {
 		return "", fmt.Errorf("node %s has another certificate", id.Name)
 	}

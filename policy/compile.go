@@ -85,15 +85,18 @@ type rule struct {
 	reason   string // @reason
 	approval *Approval
 	durable  Durability
-	scope    scope
-	uses     uses
-	claims   map[string]claimType // that its conditions read
-	names    []cedar.EntityUID    // entities that it names
-	text     statement
-	faulty   bool // inspect has reported it
-	path     string
-	line     int
-	permit   bool
+	// tolerance is from @revocation; it means something for connect only.
+	tolerance Tolerance
+	tolerates bool // @revocation is there
+	scope     scope
+	uses      uses
+	claims    map[string]claimType // that its conditions read
+	names     []cedar.EntityUID    // entities that it names
+	text      statement
+	faulty    bool // inspect has reported it
+	path      string
+	line      int
+	permit    bool
 	// permitted is the Reason of a permit, made once.
 	permitted string
 }
@@ -302,6 +305,9 @@ func parseFile(f File) (rules []*rule, problems []Problem) {
 				problems = append(problems, Problem{Path: f.Path, Line: r.line, Message: msg})
 			}
 			wrong := r.inspect(st)
+			if r.tolerates && r.permit && len(wrong) == 0 && !r.scope.coversAction(actionsByName[Connect]) {
+				wrong = append(wrong, Problem{Path: f.Path, Line: r.line, Message: "@revocation on a rule that is not about connect has no meaning: a session has one mode from its beginning"})
+			}
 			r.faulty = len(wrong) > 0
 			problems = append(problems, wrong...)
 			rules = append(rules, r)
@@ -394,8 +400,17 @@ func (r *rule) annotate(p *cedar.Policy) (wrong []string) {
 			case v != "kernel":
 				bad(`@durability(%q): want "kernel" or "durable"`, v)
 			}
+		case "revocation":
+			r.tolerates = true
+			var err error
+			if r.tolerance, err = parseTolerance(v); err != nil {
+				wrong = append(wrong, err.Error())
+			}
+			if !r.permit {
+				bad("@revocation belongs on permit rules: it says how long sessions that they permit run on when their node cannot learn what was revoked")
+			}
 		default:
-			bad("unknown annotation @%s; known are @id, @reason, @approval, @approvals, @expires, @hold_in_transaction and @durability", name)
+			bad("unknown annotation @%s; known are @id, @reason, @approval, @approvals, @expires, @hold_in_transaction, @durability and @revocation", name)
 		}
 	}
 	if isApproval {

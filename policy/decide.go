@@ -155,8 +155,10 @@ func (s *Set) Decide(r *Request) Decision {
 		}
 
 		_, permitted := cedar.Authorize(&candidates{&ix.permits, who}, &env, req)
+		tolerance := BestEffort
 		p := s.first(permitted.Reasons, func(p *rule) bool {
 			d.Obligations.Durability = max(d.Obligations.Durability, p.durable)
+			tolerance = min(tolerance, p.tolerance)
 			return true
 		})
 		if p == nil {
@@ -164,6 +166,9 @@ func (s *Set) Decide(r *Request) Decision {
 		}
 		if d.Rule == "" {
 			d.Rule, d.Reason = p.id, p.permitted
+		}
+		if pair.Action == Connect && len(r.Pairs) == 1 {
+			d.Obligations.Tolerance = tolerance
 		}
 
 		for _, reason := range forbidden.Reasons {

@@ -137,6 +137,8 @@ const (
 type Obligations struct {
 	Durability Durability
 	Approval   *Approval // set when Effect is Hold
+	// Tolerance is the session's when connect is permitted, else Strict.
+	Tolerance Tolerance
 }
 
 // Approval is what must be granted before a held operation runs.

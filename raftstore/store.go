@@ -171,6 +171,7 @@ type Store struct {
 	use struct {
 		sync.RWMutex // held for reading while the databases are used
 		closed       bool
+		closing      atomic.Bool // tells who reads for long to end
 	}
 }
 
@@ -577,6 +578,7 @@ func (s *Store) Close() error {
 		}
 		cancel()
 	}
+	s.use.closing.Store(true)
 	s.use.Lock()
 	defer s.use.Unlock()
 	if s.use.closed {

@@ -1,9 +1,13 @@
 package raftstore_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -109,3 +113,101 @@ func TestFollow(t *testing.T) {
 }
 
 var errEnough = errors.New("enough")
+
+// A backup of any node becomes a new cluster of one that goes on with the same
+// events.
+func TestExportImport(t *testing.T) {
+	c := storetest.New(t, 3, func(cfg *raftstore.Config) { cfg.TrailingLogs = 5 })
+	for i := range 40 {
+		c.Append(storetest.Proposal(fmt.Sprintf("approval/%d", i%7), event.Any, "x"))
+	}
+	c.Converge()
+	var b bytes.Buffer
+	f := c.Followers()[0]
+	seq, chain, err := f.Store.Export(t.Context(), &b)
+	if err != nil || seq != 40 {
+		t.Fatalf("%d %v", seq, err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := f.Store.Export(ended, io.Discard); !errors.Is(err, context.Canceled) {
+		t.Fatalf("a cancelled export: %v", err)
+	}
+
+	n := c.Add()
+	c.Stop(n)
+	cfg := raftstore.Config{Dir: n.Dir, NodeID: n.Name, Addr: n.Addr}
+	if _, _, err := raftstore.Import(cfg, bytes.NewReader(b.Bytes())); !errors.Is(err, raftstore.ErrNotFresh) {
+		t.Fatalf("import over a store: %v", err)
+	}
+	if err := os.RemoveAll(n.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := raftstore.Import(cfg, bytes.NewReader(b.Bytes()[:b.Len()/2])); err == nil {
+		t.Fatal("half a backup was imported")
+	}
+	if _, err := os.Stat(n.Dir); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("a failed import left something: %v", err)
+	}
+	if s, ch, err := raftstore.Import(cfg, bytes.NewReader(b.Bytes())); err != nil || s != seq || ch != chain {
+		t.Fatalf("import: %d %x %v", s, ch, err)
+	}
+	for range 2 { // and it restarts
+		c.Start(n)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		p := storetest.Proposal("approval/after", event.Any, "")
+		for {
+			es, err := n.Store.Append(ctx, p)
+			if err == nil {
+				if seq++; es[0].Seq != seq {
+					t.Fatalf("event %d, want %d", es[0].Seq, seq)
+				}
+				break
+			}
+			if ctx.Err() != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		cancel()
+		ms, err := n.Store.Members()
+		if err != nil || len(ms) != 1 || ms[0].ID != n.Name {
+			t.Fatalf("%+v %v", ms, err)
+		}
+		es, err := n.Store.Events(40, 1)
+		if err != nil || es[0].Chain != chain {
+			t.Fatalf("%+v %v", es, err)
+		}
+		c.Stop(n)
+	}
+}
+
+// The log can be synced elsewhere, also from some day on, and back to a
+// second place while the first hangs.
+func TestWALDirs(t *testing.T) {
+	elsewhere, third := t.TempDir(), t.TempDir()
+	moved, failover := false, false
+	c := storetest.New(t, 1, func(cfg *raftstore.Config) {
+		if moved {
+			cfg.WALDir = elsewhere
+		}
+		if failover {
+			cfg.WALFailoverDir = third
+		}
+	})
+	n := c.Nodes[0]
+	c.Append(storetest.Proposal("approval/a", 0, ""))
+	for _, step := range []func(){func() {}, func() { moved = true }, func() {}, func() { failover = true }, func() {}} {
+		step()
+		c.Stop(n)
+		c.Start(n)
+		c.Append(storetest.Proposal("approval/a", event.Any, ""))
+	}
+	if v := n.Store.Version("approval/a"); v != 6 {
+		t.Fatalf("version %d", v)
+	}
+	wals, err := filepath.Glob(filepath.Join(elsewhere, "*.log"))
+	if err != nil || len(wals) == 0 {
+		t.Fatalf("nothing is written elsewhere: %v", err)
+	}
+}

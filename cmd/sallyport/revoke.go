@@ -1,29 +1,48 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/node/identity"
+	"github.com/sallyport/sallyport/raftstore/event"
 )
 
 func revokeCommand(f *clientFlags) *cobra.Command {
-	var subject, reason string
+	var scope scopeFlags
+	var reason, undo string
 	c := &cobra.Command{
-		Use: "revoke --subject SUBJECT --reason TEXT", Short: "End a subject's access on every node, now", Args: noArgs,
-		Long: `Commits the revocation, ends the subject's live sessions on every node, refuses
-new ones, and prints for each node when it took effect. The target's own
-credentials are not touched. Exit code 1 means that a node did not confirm.`,
-		Example: `  sallyport revoke --subject 'ci/repo:acme/shop:ref:refs/heads/main' --reason 'leaked token'`,
+		Use: "revoke SCOPE --reason TEXT", Short: "End access on every node, now", Args: noArgs,
+		Long: `Commits the revocation, ends the live sessions that it names on every node,
+refuses new ones, and prints for each node when it took effect. The target's own
+credentials are not touched. Exit code 1 means that a node did not confirm.
+
+SCOPE is one of --subject, --group, --claim, --repository, --run, --session,
+--target, --token and --node.`,
+		Example: `  sallyport revoke --subject 'ci/repo:acme/shop:ref:refs/heads/main' --reason 'leaked token'
+  sallyport revoke --repository acme/shop --reason 'compromised dependency'
+  sallyport revoke --claim environment=staging --reason 'drill'
+  sallyport revoke --token - --reason 'seen in a log' < leaked.jwt`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if undo != "" {
+				return undoRevocation(cmd, f, undo, reason)
+			}
+			sc, err := scope.scope(cmd.InOrStdin())
+			if err != nil {
+				return err
+			}
 			cl, err := f.client()
 			if err != nil {
 				return err
 			}
 			start := time.Now()
-			r, err := cl.Revoke(cmd.Context(), subject, reason)
+			r, err := cl.Revoke(cmd.Context(), sc, reason)
 			if err != nil {
 				return err
 			}
@@ -32,7 +51,7 @@ credentials are not touched. Exit code 1 means that a node did not confirm.`,
 					return err
 				}
 			} else {
-				say(cmd.OutOrStdout(), "Revoked %s (revocation %s, index %d) in %v.", r.Subject, r.ID, r.Index, time.Since(start).Round(time.Millisecond))
+				say(cmd.OutOrStdout(), "Revoked %s (revocation %s, index %d) in %v.", r.Scope, r.ID, r.Index, time.Since(start).Round(time.Millisecond))
 				printFenced(cmd, r)
 			}
 			for _, n := range r.Nodes {
@@ -43,10 +62,65 @@ credentials are not touched. Exit code 1 means that a node did not confirm.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&subject, "subject", "", "provider/name, as sallyport sessions list shows it (required)")
-	_ = c.MarkFlagRequired("subject")
+	scope.register(c)
+	c.Flags().StringVar(&undo, "undo", "", "undo the revocation of this id instead; the same as revocations undo")
+	c.MarkFlagsOneRequired(append(scopeNames, "undo")...)
+	c.MarkFlagsMutuallyExclusive(append(scopeNames, "undo")...)
 	reasonFlag(c, &reason)
 	return c
+}
+
+// scopeFlags name what is to be revoked; one of them.
+type scopeFlags struct {
+	subject, group, claim, repository, run, session, target, token, node string
+}
+
+func (f *scopeFlags) register(c *cobra.Command) {
+	p := c.Flags()
+	p.StringVar(&f.subject, "subject", "", "a subject: provider/name, as sallyport sessions list shows it")
+	p.StringVar(&f.group, "group", "", "everybody in a group")
+	p.StringVar(&f.claim, "claim", "", "everybody whose token has a claim with this value: NAME=VALUE")
+	p.StringVar(&f.repository, "repository", "", "short for --claim repository=VALUE")
+	p.StringVar(&f.run, "run", "", "short for --claim run_id=VALUE")
+	p.StringVar(&f.session, "session", "", "one live session, by its id")
+	p.StringVar(&f.target, "target", "", "everybody's access to a target")
+	p.StringVar(&f.token, "token", "", "one token: its id (jti, or sha256:…), the token itself, or - to read the token")
+	p.StringVar(&f.node, "node", "", "a node: its sessions, its certificate, and what its key has signed")
+}
+
+var scopeNames = []string{"subject", "group", "claim", "repository", "run", "session", "target", "token", "node"}
+
+// scope is what the flags name. A token is read from in when it is "-".
+func (f *scopeFlags) scope(in io.Reader) (event.Scope, error) {
+	for _, k := range []struct {
+		kind        event.ScopeKind
+		name, value string
+	}{
+		{event.ScopeSubject, "", f.subject}, {event.ScopeGroup, "", f.group}, {event.ScopeClaim, "repository", f.repository}, {event.ScopeClaim, "run_id", f.run},
+		{event.ScopeSession, "", f.session}, {event.ScopeTarget, "", f.target}, {event.ScopeNode, "", f.node},
+	} {
+		if k.value != "" {
+			return event.Scope{Kind: k.kind, Name: k.name, Value: k.value}, nil
+		}
+	}
+	switch {
+	case f.claim != "":
+		name, value, ok := strings.Cut(f.claim, "=")
+		if !ok || name == "" || value == "" {
+			return event.Scope{}, usageError{fmt.Errorf("--claim %q: want NAME=VALUE, such as environment=production", f.claim)}
+		}
+		return event.Scope{Kind: event.ScopeClaim, Name: name, Value: value}, nil
+	case f.token == "-":
+		data, err := io.ReadAll(io.LimitReader(in, identity.MaxTokenBytes+1))
+		if err != nil {
+			return event.Scope{}, fmt.Errorf("the token: %w", err)
+		}
+		f.token = strings.TrimSpace(string(data))
+	}
+	if f.token == "" {
+		return event.Scope{}, usageError{errors.New("what is to be revoked is empty")}
+	}
+	return event.Scope{Kind: event.ScopeToken, Value: identity.TokenID(f.token)}, nil
 }
 
 func printFenced(cmd *cobra.Command, r *api.RevocationInfo) {
@@ -83,32 +157,34 @@ func revocationsCommand(f *clientFlags) *cobra.Command {
 				if !r.Undone.IsZero() {
 					state = "undone " + stamp(r.Undone)
 				}
-				rows = append(rows, []string{r.ID, r.Subject, state, stamp(r.At), r.Reason})
+				rows = append(rows, []string{r.ID, r.Scope.String(), state, stamp(r.At), r.Reason})
 			}
-			table(cmd.OutOrStdout(), "ID SUBJECT STATE AT REASON", rows)
+			table(cmd.OutOrStdout(), "ID SCOPE STATE AT REASON", rows)
 			return nil
 		},
 	}
 	var reason string
 	undo := &cobra.Command{
 		Use: "undo ID --reason TEXT", Short: "Undo a revocation; credentials issued before stay dead", Args: exactArgs("ID"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			cl, err := f.client()
-			if err != nil {
-				return err
-			}
-			r, err := cl.Undo(cmd.Context(), args[0], reason)
-			if err != nil {
-				return err
-			}
-			if f.json {
-				return printJSON(cmd.OutOrStdout(), r)
-			}
-			say(cmd.OutOrStdout(), "Undone. %s may log in again with a token issued a minute from now or later: clocks may differ by that much, and no earlier token is revived.", r.Subject)
-			return nil
-		},
+		RunE: func(cmd *cobra.Command, args []string) error { return undoRevocation(cmd, f, args[0], reason) },
 	}
 	reasonFlag(undo, &reason)
 	c.AddCommand(list, undo)
 	return c
+}
+
+func undoRevocation(cmd *cobra.Command, f *clientFlags, id, reason string) error {
+	cl, err := f.client()
+	if err != nil {
+		return err
+	}
+	r, err := cl.Undo(cmd.Context(), id, reason)
+	if err != nil {
+		return err
+	}
+	if f.json {
+		return printJSON(cmd.OutOrStdout(), r)
+	}
+	say(cmd.OutOrStdout(), "Undone. It no longer stands against %s for tokens issued a minute from now or later: clocks may differ by that much, and no earlier token is revived.", r.Scope)
+	return nil
 }

@@ -12,7 +12,6 @@ import (
 	"sort"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/sallyport/sallyport/node/approval"
@@ -245,135 +244,6 @@ func (s *Server) vote(approve bool) handler {
 	}
 }
 
-func revocationInfo(r *state.Revocation) RevocationInfo {
-	i := RevocationInfo{ID: r.ID, Subject: r.Subject, Reason: r.Reason, At: r.At, Index: r.Index, Undone: r.Undone}
-	if r.Report != nil {
-		i.Nodes = r.Report.Nodes
-	}
-	return i
-}
-
-func (s *Server) listRevocations(http.ResponseWriter, *request) (any, error) {
-	infos := []RevocationInfo{}
-	for _, r := range s.State.View().Revocations {
-		infos = append(infos, revocationInfo(r))
-	}
-	sort.Slice(infos, func(i, j int) bool { return infos[i].Index < infos[j].Index })
-	return infos, nil
-}
-
-// fenceTimeout bounds how long a revocation waits for one node.
-const fenceTimeout = 15 * time.Second
-
-// revoke ends a subject's access. It commits first: from then on every node
-// that learns of it refuses and cuts. Then it collects from every member when
-// that was done there, and stores the report.
-//
-// Leases, which also fence nodes that do not answer, will add their word here:
-// a node not confirmed then has a time at which it certainly stopped.
-func (s *Server) revoke(w http.ResponseWriter, r *request) (any, error) {
-	var in RevokeRequest
-	if err := r.decode(&in); err != nil {
-		return nil, err
-	}
-	switch {
-	case !strings.Contains(in.Subject, "/") || len(in.Subject) > 1024:
-		return nil, invalid("subject: want provider/name as `sallyport sessions list` shows it, such as ci/repo:acme/shop:ref:refs/heads/main")
-	case strings.TrimSpace(in.Reason) == "" || len(in.Reason) > 1000:
-		return nil, invalid("reason: want a sentence, at most 1000 bytes; it is shown to the subject and kept for ever")
-	}
-	id := hex.EncodeToString(r.id[:5])
-	ev, err := s.propose(w, r, event.TypeRevoked, "revocation/"+id, 0, event.Revoked{ID: id, Subject: in.Subject, Reason: in.Reason})
-	if err != nil {
-		return nil, err
-	}
-	if p, err := event.Decode[event.Revoked](ev); err != nil || p.Subject != in.Subject {
-		return nil, invalid("this Idempotency-Key was used for something else")
-	}
-	// What follows is evidence; the caller's leaving must not lose it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), fenceTimeout+5*time.Second)
-	defer cancel()
-	report := event.RevocationReport{ID: id, Index: ev.Index, Nodes: s.fenceAll(ctx, ev.Seq)}
-	data, err := json.Marshal(report)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := s.append(ctx, w, event.Proposal{
-		ID: event.NewID(), Actor: event.Actor{Principal: s.Node, Kind: event.Node, Authn: "node", Via: s.Node},
-		Type: event.TypeRevocationReport, Version: 1, Aggregate: "revocation/" + id, Expect: event.Any, Payload: data, Cause: ev.ID,
-	}); err != nil {
-		s.Log.Error("the report of a revocation could not be stored; the revocation stands", "revocation", id, "err", err)
-	}
-	return RevocationInfo{ID: id, Subject: in.Subject, Reason: in.Reason, At: ev.Time, Index: ev.Index, Nodes: report.Nodes}, nil
-}
-
-func (s *Server) fenceAll(ctx context.Context, seq uint64) []event.NodeFenced {
-	ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
-	defer cancel()
-	nodes := slices.Sorted(maps.Keys(s.State.View().Nodes))
-	out := make([]event.NodeFenced, len(nodes))
-	var wg sync.WaitGroup
-	for i, n := range nodes {
-		wg.Go(func() {
-			var f event.NodeFenced
-			var err error
-			if n == s.Node {
-				f, err = s.Fence(ctx, seq)
-			} else {
-				err = s.exchange(ctx, http.MethodPost, n, fmt.Sprintf("/mesh/v1/fence?seq=%d", seq), struct{}{}, &f)
-			}
-			f.Node = n
-			if err != nil {
-				f.State, f.At, f.Detail = "unconfirmed", time.Time{}, err.Error()
-			}
-			out[i] = f
-		})
-	}
-	wg.Wait()
-	return out
-}
-
-func (s *Server) meshFence(w http.ResponseWriter, r *http.Request) {
-	var seq uint64
-	if _, err := fmt.Sscan(r.URL.Query().Get("seq"), &seq); err != nil {
-		fail(w, problem(invalid("seq: %v", err)))
-		return
-	}
-	f, err := s.Fence(r.Context(), seq)
-	if err != nil {
-		fail(w, problem(err))
-		return
-	}
-	reply(w, f)
-}
-
-func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
-	var in UndoRequest
-	if err := r.decode(&in); err != nil {
-		return nil, err
-	}
-	if strings.TrimSpace(in.Reason) == "" || len(in.Reason) > 1000 {
-		return nil, invalid("reason: want a sentence, at most 1000 bytes")
-	}
-	id := r.PathValue("id")
-	rev := s.State.View().Revocations[id]
-	if _, done := s.done(r, event.TypeRevocationUndone); done && rev != nil {
-		return revocationInfo(rev), nil
-	}
-	switch {
-	case rev == nil:
-		return nil, notFound("there is no revocation %q; `sallyport revocations list` shows them", id)
-	case !rev.Undone.IsZero():
-		return nil, &Failure{&Problem{Code: "conflict", Error: "this revocation was undone already", Status: http.StatusConflict}}
-	case rev.Subject == r.subject.ID():
-		return nil, invalid("nobody undoes a revocation of themselves")
-	}
-	if _, err := s.propose(w, r, event.TypeRevocationUndone, "revocation/"+id, event.Any, event.RevocationUndone{ID: id, Reason: in.Reason}); err != nil {
-		return nil, err
-	}
-	return revocationInfo(s.State.View().Revocations[id]), nil
-}
-
 // meshPropose proposes an approval event for another node. The node's word is
 // not enough for a request: the caller's own token is verified here again.
 func (s *Server) meshPropose(w http.ResponseWriter, r *http.Request) {
@@ -404,8 +274,10 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		if err != nil {
 			return nil, &Failure{&Problem{Code: "unauthenticated", Error: "the leader does not accept the requester's token: " + err.Error(), Status: http.StatusUnauthorized}}
 		}
-		if _, revoked := s.State.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
-			return nil, &Failure{&Problem{Code: "forbidden", Error: subject.ID() + " has been revoked", Status: http.StatusForbidden}}
+		b := state.BearerOf(subject).At(node, p.Target)
+		b.Session = p.Session
+		if rev := s.State.View().Refuses(&b); rev != nil {
+			return nil, &Failure{&Problem{Code: "forbidden", Error: rev.Why(), Status: http.StatusForbidden}}
 		}
 		if err := approval.CheckAsked(p, node, subject, s.Now()); err != nil {
 			return nil, invalid("%v", err)

@@ -208,9 +208,9 @@ func (c *Client) Vote(ctx context.Context, id, digest string, approve bool, comm
 	return call[Committed](ctx, c, http.MethodPost, "/v1/approvals/"+url.PathEscape(id)+"/"+verb+"?digest="+url.QueryEscape(digest), VoteRequest{comment})
 }
 
-// Revoke ends a subject's access everywhere and reports when, per node.
-func (c *Client) Revoke(ctx context.Context, subject, reason string) (*RevocationInfo, error) {
-	return call[RevocationInfo](ctx, c, http.MethodPost, "/v1/revocations", RevokeRequest{subject, reason})
+// Revoke ends what the scope says everywhere and reports when, per node.
+func (c *Client) Revoke(ctx context.Context, scope event.Scope, reason string) (*RevocationInfo, error) {
+	return call[RevocationInfo](ctx, c, http.MethodPost, "/v1/revocations", RevokeRequest{Scope: scope, Reason: reason})
 }
 
 // Revocations lists all of them.

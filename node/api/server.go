@@ -238,13 +238,10 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 			fail(w, &Problem{Code: "unauthenticated", Error: err.Error(), Status: http.StatusUnauthorized})
 			return
 		}
-		if rev, revoked := s.State.View().Revoked(subject.ID(), subject.IssuedAt); revoked {
-			why := "this credential was issued before a revocation of its subject was undone: get a new one"
-			if rev != nil {
-				why = fmt.Sprintf("%s has been revoked: %s", subject.ID(), rev.Reason)
-			}
-			_ = s.audit(hr, action, subject, "refuse", "revoked", why)
-			fail(w, &Problem{Code: "forbidden", Error: why, Status: http.StatusForbidden})
+		b := state.BearerOf(subject).At(s.Node, "")
+		if rev := s.State.View().Refuses(&b); rev != nil {
+			_ = s.audit(hr, action, subject, "refuse", "revoked", rev.Why())
+			fail(w, &Problem{Code: "forbidden", Error: rev.Why(), Status: http.StatusForbidden})
 			return
 		}
 		if action != "" {

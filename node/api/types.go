@@ -194,21 +194,25 @@ type VoteRequest struct {
 	Comment string `json:"comment,omitempty"`
 }
 
-// RevokeRequest revokes a subject.
+// RevokeRequest revokes what its scope says.
 type RevokeRequest struct {
-	Subject string `json:"subject"`
-	Reason  string `json:"reason"`
+	Scope  event.Scope `json:"scope,omitzero"`
+	Reason string      `json:"reason"`
+	// Subject is short for the scope of a subject.
+	Subject string `json:"subject,omitempty"`
 }
 
 // RevocationInfo is a revocation and what it did.
 type RevocationInfo struct {
-	ID      string             `json:"id"`
-	Subject string             `json:"subject"`
-	Reason  string             `json:"reason"`
-	At      time.Time          `json:"at"`
-	Index   uint64             `json:"index"`
-	Undone  time.Time          `json:"undone,omitzero"`
-	Nodes   []event.NodeFenced `json:"nodes,omitempty"`
+	ID         string             `json:"id"`
+	Scope      event.Scope        `json:"scope"`
+	Reason     string             `json:"reason"`
+	At         time.Time          `json:"at"`
+	Index      uint64             `json:"index"`
+	Undone     time.Time          `json:"undone,omitzero"`
+	UndoReason string             `json:"undo_reason,omitempty"`
+	Fenced     time.Time          `json:"fenced,omitzero"` // when it was stored that every node has stopped
+	Nodes      []event.NodeFenced `json:"nodes,omitempty"`
 }
 
 // UndoRequest undoes a revocation.

@@ -98,8 +98,8 @@ func (s *Service) Eligible(a *state.Approval, approver *policy.Subject) *protoco
 			return no("approver-group", "rule %s wants an approver in group %q, which %s is not in", strings.Join(a.Rules, ", "), g, approver.ID())
 		}
 	}
-	if _, revoked := s.env.State.View().Revoked(approver.ID(), approver.IssuedAt); revoked {
-		return no("revoked", "%s has been revoked", approver.ID())
+	if b := state.BearerOf(approver).At(s.env.Node, a.Target); s.env.State.View().Refuses(&b) != nil {
+		return no("revoked", "%s", s.env.State.View().Refuses(&b).Why())
 	}
 	d, _ := s.env.Decide(&policy.Request{
 		Subject: approver,

@@ -41,6 +41,13 @@ type Config struct {
 	SegmentAge time.Duration `yaml:"segmentAge,omitempty"`
 	// HeartbeatTimeout is Raft's; raise it on slow disks. Default 500ms.
 	HeartbeatTimeout time.Duration `yaml:"heartbeatTimeout,omitempty"`
+	// WALDir is where the cluster's log is synced, instead of DATADIR/raft/log:
+	// a directory on a partition or disk of its own, so that recordings and
+	// other files do not slow it down. Move it only while the node is stopped.
+	WALDir string `yaml:"walDir,omitempty"`
+	// WALFailoverDir, on yet another disk, takes the cluster's log while the
+	// first one stalls for more than 0.2 s. Once set it is needed at every start.
+	WALFailoverDir string `yaml:"walFailoverDir,omitempty"`
 	// MaxConnections bounds all client connections of this node. Default 4096.
 	MaxConnections int `yaml:"maxConnections,omitempty"`
 	// MaxUnauthenticated bounds those that have not logged in yet. Default 1024.
@@ -141,6 +148,14 @@ func (c *Config) Validate() error {
 		if err != nil || port == "" || port == "0" || (f.field == "addr" && host == "") {
 			errs = append(errs, fmt.Errorf("%s: %q is not host:port", f.field, f.addr))
 		}
+	}
+	for _, f := range []struct{ field, dir string }{{"walDir", c.WALDir}, {"walFailoverDir", c.WALFailoverDir}} {
+		if f.dir != "" && !filepath.IsAbs(f.dir) {
+			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path", f.field, f.dir))
+		}
+	}
+	if c.WALFailoverDir != "" && c.WALFailoverDir == c.WALDir {
+		errs = append(errs, errors.New("walFailoverDir: is walDir; it must be on another disk"))
 	}
 	if c.SpoolBytes < 16<<20 {
 		errs = append(errs, fmt.Errorf("spoolBytes: %d is below the least, 16 MiB (16777216)", c.SpoolBytes))

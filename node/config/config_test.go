@@ -39,6 +39,8 @@ func TestLoadRefuses(t *testing.T) {
 		"port 0":           {"name: n1\naddr: 127.0.0.1:0\n", "addr"},
 		"small spool":      {good + "spoolBytes: 100\n", "spoolBytes"},
 		"slow segments":    {good + "segmentAge: 1h\n", "segmentAge"},
+		"relative log":     {good + "walDir: wal\n", "walDir"},
+		"one disk twice":   {good + "walDir: /wal\nwalFailoverDir: /wal\n", "walFailoverDir"},
 		"hasty heartbeats": {good + "heartbeatTimeout: 1ms\n", "heartbeatTimeout"},
 		"no connections":   {good + "maxConnections: -1\n", "maxConnections"},
 		"not YAML":         {"name: [\n", "node.yaml"},

@@ -414,12 +414,25 @@ func (p *provider) subject(claims map[string]any, token string, iat, exp time.Ti
 			}
 		}
 	}
-	if jti, _ := claims["jti"].(string); jti != "" && len(jti) <= maxJTIBytes && printable(jti) {
-		s.TokenID = jti
-	} else {
-		s.TokenID = digest(token)
-	}
+	s.TokenID = tokenID(claims, token)
 	return s, nil
+}
+
+func tokenID(claims map[string]any, token string) string {
+	if jti, _ := claims["jti"].(string); jti != "" && len(jti) <= maxJTIBytes && printable(jti) {
+		return jti
+	}
+	return digest(token)
+}
+
+// TokenID is Subject.TokenID of a token, without verifying it: what names a
+// token that leaked. Anything that is no token is returned as it is.
+func TokenID(s string) string {
+	_, claims, err := peek(s)
+	if err != nil {
+		return s
+	}
+	return tokenID(claims, s)
 }
 
 // digest names a token that has no jti. It covers what is signed and not the

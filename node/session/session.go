@@ -28,7 +28,10 @@ type Info struct {
 	Deadline    time.Time      `json:"deadline"`
 	PolicyIndex uint64         `json:"policy_index"`
 	Claims      map[string]any `json:"claims,omitempty"`
-	State       string         `json:"state"` // running, held, cutting
+	Groups      []string       `json:"groups,omitempty"`
+	TokenID     string         `json:"token_id,omitempty"`
+	Issued      time.Time      `json:"issued,omitzero"` // the token
+	State       string         `json:"state"`           // running, held, cutting
 	Admitted    uint64         `json:"admitted"`
 	Refused     uint64         `json:"refused"`
 	Held        uint64         `json:"held"`

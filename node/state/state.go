@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/bundle"
-	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
@@ -55,7 +54,13 @@ type View struct {
 	Keys          map[string]event.SealedKey
 	ConfigVersion uint64 // of the aggregate "config": what an append that changes Secrets or Keys expects
 
-	bySubject map[string]standing
+	// Unfenced are the revocations of which no event says yet that every node
+	// has stopped what they end, by id.
+	Unfenced map[string]*Revocation
+
+	scopes     map[event.Scope]standing
+	claims     map[string]bool // names of claims that some scope is about
+	tolerances []toleranceFrom
 }
 
 // JoinToken is a one-time token for `cluster join`.
@@ -103,41 +108,6 @@ func (a *Approval) State(now time.Time) string {
 	return "pending"
 }
 
-// Revocation is a revoked subject.
-type Revocation struct {
-	event.Revoked
-	At     time.Time
-	Index  uint64
-	Undone time.Time // zero while in force
-	Report *event.RevocationReport
-}
-
-// standing is what revocations mean for one subject.
-type standing struct {
-	revoked   *Revocation // in force, or nil
-	notBefore time.Time   // tokens issued at or before it are dead: a revocation was undone then
-}
-
-// Revoked says whether a credential of subject issued at issuedAt is refused,
-// and by which revocation. An undone revocation does not revive credentials
-// issued before its undoing; with clocks that differ that means one minute
-// (identity.Leeway) after it.
-func (v *View) Revoked(subject string, issuedAt time.Time) (*Revocation, bool) {
-	s, ok := v.bySubject[subject]
-	if !ok {
-		return nil, false
-	}
-	if s.revoked != nil {
-		return s.revoked, true
-	}
-	// An issuer's clock may be ahead by as much as is tolerated, and iat has
-	// whole seconds.
-	if issuedAt.Unix() <= s.notBefore.Add(identity.Leeway).Unix() {
-		return nil, true
-	}
-	return nil, false
-}
-
 // A Projection folds events.
 type Projection struct {
 	view atomic.Pointer[View]
@@ -157,7 +127,7 @@ func New(log *slog.Logger) *Projection {
 		FeatureLevel: event.BaseLevel,
 		Nodes:        map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
 		Approvals: map[string]*Approval{}, Revocations: map[string]*Revocation{},
-		Secrets: map[string]event.Sealed{}, bySubject: map[string]standing{},
+		Secrets: map[string]event.Sealed{}, Unfenced: map[string]*Revocation{}, scopes: map[event.Scope]standing{}, claims: map[string]bool{},
 	})
 	return p
 }
@@ -219,8 +189,8 @@ func (p *Projection) Fold(events []event.Event) error {
 
 // fold copies each map of the view once, when it is first written to.
 type fold struct {
-	v                                                       *View
-	nodes, removed, tokens, approvals, revocations, subject bool
+	v                                                                        *View
+	nodes, removed, tokens, approvals, revocations, unfenced, scopes, claims bool
 }
 
 func own[K comparable, V any](m *map[K]V, owned *bool) map[K]V {
@@ -289,6 +259,7 @@ func (f *fold) apply(e event.Event) error {
 		}
 		f.config(p)
 		f.v.ConfigIndex, f.v.ConfigVersion = e.Index, e.AggregateVersion
+		f.tolerance(e.Index)
 	case event.TypeSecretsSealed:
 		p, err := event.Decode[event.SecretsSealed](e)
 		if err != nil {
@@ -304,7 +275,7 @@ func (f *fold) apply(e event.Event) error {
 		f.renewed(p)
 	case event.TypeApprovalAsked, event.TypeApprovalVoted, event.TypeApprovalEnded:
 		return f.approval(e)
-	case event.TypeRevoked, event.TypeRevocationUndone, event.TypeRevocationReport:
+	case event.TypeRevoked, event.TypeRevocationUndone, event.TypeRevocationReport, event.TypeRevocationFenced:
 		return f.revocation(e)
 	case event.TypeCheckpoint: // node/eventlog checks it; nothing is decided from it
 	default:
@@ -419,57 +390,4 @@ func prune(m map[string]*Approval, now time.Time) {
 	for _, a := range over[:max(0, len(over)-keepEnded)] {
 		delete(m, a.ID)
 	}
-}
-
-func (f *fold) revocation(e event.Event) error {
-	m := own(&f.v.Revocations, &f.revocations)
-	switch e.Type {
-	case event.TypeRevoked:
-		p, err := event.Decode[event.Revoked](e)
-		if err != nil {
-			return err
-		}
-		r := &Revocation{Revoked: p, At: e.Time, Index: e.Index}
-		m[p.ID] = r
-		s := own(&f.v.bySubject, &f.subject)
-		st := s[p.Subject]
-		st.revoked = r
-		s[p.Subject] = st
-	case event.TypeRevocationUndone:
-		p, err := event.Decode[event.RevocationUndone](e)
-		if err != nil {
-			return err
-		}
-		r := m[p.ID]
-		if r == nil || !r.Undone.IsZero() {
-			return nil
-		}
-		c := *r
-		c.Undone = e.Time
-		m[p.ID] = &c
-		s := own(&f.v.bySubject, &f.subject)
-		st := standing{notBefore: e.Time}
-		for _, o := range m { // another revocation of the same subject stands
-			if o.Subject == c.Subject && o.Undone.IsZero() && (st.revoked == nil || o.Index < st.revoked.Index) {
-				st.revoked = o
-			}
-		}
-		s[c.Subject] = st
-	case event.TypeRevocationReport:
-		p, err := event.Decode[event.RevocationReport](e)
-		if err != nil {
-			return err
-		}
-		if r := m[p.ID]; r != nil {
-			c := *r
-			c.Report = &p
-			m[p.ID] = &c
-			s := own(&f.v.bySubject, &f.subject)
-			if st := s[c.Subject]; st.revoked == r {
-				st.revoked = &c
-				s[c.Subject] = st
-			}
-		}
-	}
-	return nil
 }

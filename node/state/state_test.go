@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
@@ -47,38 +46,6 @@ func mustFold(t *testing.T, p *Projection, events ...event.Event) *View {
 		t.Fatal(err)
 	}
 	return p.View()
-}
-
-func TestRevocationAndUndo(t *testing.T) {
-	p, s := New(slog.New(slog.DiscardHandler)), &script{t: t}
-	issued := epoch
-	v := mustFold(t, p, s.event(event.TypeRevoked, "revocation/a", event.Revoked{ID: "a", Subject: "ci/x", Reason: "leak"}))
-	if r, revoked := v.Revoked("ci/x", issued); !revoked || r.ID != "a" {
-		t.Fatalf("revoked subject passes: %v %v", r, revoked)
-	}
-	if _, revoked := v.Revoked("ci/y", issued); revoked {
-		t.Fatal("another subject is revoked too")
-	}
-	mustFold(t, p, s.event(event.TypeRevoked, "revocation/b", event.Revoked{ID: "b", Subject: "ci/x", Reason: "again"}))
-	v = mustFold(t, p, s.event(event.TypeRevocationUndone, "revocation/a", event.RevocationUndone{ID: "a"}))
-	if r, revoked := v.Revoked("ci/x", epoch.Add(time.Hour)); !revoked || r.ID != "b" {
-		t.Fatal("undoing one of two revocations lifted both")
-	}
-	undo := s.event(event.TypeRevocationUndone, "revocation/b", event.RevocationUndone{ID: "b"})
-	v = mustFold(t, p, undo)
-	for _, c := range []struct {
-		issued  time.Time
-		revoked bool
-	}{
-		{issued, true},
-		{undo.Time, true},
-		{undo.Time.Add(identity.Leeway), true}, // an issuer whose clock is ahead
-		{undo.Time.Add(identity.Leeway + time.Second), false},
-	} {
-		if _, revoked := v.Revoked("ci/x", c.issued); revoked != c.revoked {
-			t.Errorf("a token issued %v after the undoing: revoked %v, want %v", c.issued.Sub(undo.Time), revoked, c.revoked)
-		}
-	}
 }
 
 func TestApprovalStates(t *testing.T) {

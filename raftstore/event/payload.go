@@ -18,7 +18,8 @@ const (
 	TypeApprovalEnded    = "approval.ended"        // ApprovalEnded, aggregate "approval/ID": used, expired, cancelled
 	TypeRevoked          = "revocation.made"       // Revoked, aggregate "revocation/ID"
 	TypeRevocationUndone = "revocation.undone"     // RevocationUndone, aggregate "revocation/ID"
-	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"
+	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"; read only
+	TypeRevocationFenced = "revocation.fenced"     // RevocationFenced, aggregate "revocation/ID"
 	TypeCheckpoint       = "checkpoint.cosigned"   // CheckpointCosigned, aggregate "checkpoint": its version is the checkpoint's number
 )
 
@@ -152,33 +153,6 @@ type ApprovalEnded struct {
 	ID     string `json:"id"`
 	How    string `json:"how"` // used, expired, cancelled
 	Reason string `json:"reason,omitempty"`
-}
-
-type Revoked struct {
-	ID      string `json:"id"`
-	Subject string `json:"subject"`
-	Reason  string `json:"reason"`
-}
-
-type RevocationUndone struct {
-	ID     string `json:"id"`
-	Reason string `json:"reason"`
-}
-
-// RevocationReport is the evidence of when a revocation took effect.
-type RevocationReport struct {
-	ID    string       `json:"id"`
-	Index uint64       `json:"index"`
-	Nodes []NodeFenced `json:"nodes"`
-}
-
-// NodeFenced says when a node had stopped everything of a revoked subject.
-type NodeFenced struct {
-	Node     string    `json:"node"`
-	State    string    `json:"state"` // confirmed, unconfirmed
-	At       time.Time `json:"at"`
-	Sessions int       `json:"sessions"` // live sessions it cut
-	Detail   string    `json:"detail,omitempty"`
 }
 
 // CheckpointCosigned is a head of the event log that a majority of the voters

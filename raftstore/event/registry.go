@@ -57,10 +57,11 @@ var kinds = map[string]*kind{
 	TypeApprovalAsked:    of[ApprovalAsked](1),
 	TypeApprovalVoted:    of[ApprovalVoted](1),
 	TypeApprovalEnded:    of[ApprovalEnded](1),
-	TypeRevoked:          of[Revoked](1),
+	TypeRevoked:          of[Revoked](1).adds(2, "scope"),
 	TypeRevocationUndone: of[RevocationUndone](1),
 	TypeRevocationReport: of[RevocationReport](1),
 	TypeCheckpoint:       of[CheckpointCosigned](2),
+	TypeRevocationFenced: of[RevocationFenced](2),
 }
 
 // Upcaster turns a payload of one version into the next version's. It is pure:
