@@ -85,6 +85,10 @@ func (r *reading) provider(f file, o *object) {
 	}
 	host, known := r.issuer(o, p)
 	r.audience(o, p)
+	p.SignalAudience = o.text("signalAudience")
+	if p.SignalAudience != "" && p.SignalAudience == p.Audience {
+		o.bad("signalAudience", "%q is the audience of tokens that let somebody in; give logout tokens and security events another one", p.SignalAudience)
+	}
 	p.CAFile, p.CA = r.caFile(o, "caFile")
 	r.algorithms(o, p)
 	p.Groups = o.texts("groups")

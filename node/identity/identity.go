@@ -102,6 +102,9 @@ type ProviderConfig struct {
 	Require map[string][]string
 	// Dev admits the trial issuer; such a provider works only on nodes started with --dev.
 	Dev bool
+	// SignalAudience is the audience of this issuer's logout tokens and security
+	// events; empty takes none.
+	SignalAudience string
 }
 
 // Validate says what is wrong with a provider, or nil.
@@ -232,6 +235,9 @@ func (v *Verifier) verifyAt(ctx context.Context, token string, at time.Time) (*p
 	header, claims, err := peek(token)
 	if err != nil {
 		return nil, err
+	}
+	if isSignal(header, claims) {
+		return nil, refuse("malformed-token", "this is a logout token or a security event, which lets nobody in")
 	}
 	iss, _ := claims["iss"].(string)
 	candidates := v.cur.Load().byIssuer[iss]
@@ -479,6 +485,7 @@ func match(pattern, s string) bool {
 
 type header struct {
 	Alg  string          `json:"alg"`
+	Typ  string          `json:"typ"`
 	Kid  string          `json:"kid"`
 	Crit json.RawMessage `json:"crit"`
 }
