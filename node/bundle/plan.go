@@ -169,6 +169,7 @@ func (p *Provider) describe() []field {
 	var out fields
 	out.add("issuer", p.Issuer)
 	out.add("audience", p.Audience)
+	out.add("signalAudience", p.SignalAudience)
 	out.add("subjects", strings.ToLower(string(p.Kind)))
 	out.flag("dev", p.Dev)
 	out.flag("shared", p.Shared)
