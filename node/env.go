@@ -403,6 +403,7 @@ func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
 		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings,
 		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide,
+		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,
 		Fence: n.fence, Leave: n.leave, LocalStatus: n.status, Audit: n.audit.call,

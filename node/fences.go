@@ -64,7 +64,7 @@ func (f *fences) begin(_ *state.View, e event.Event) {
 		ctx, cancel := context.WithTimeout(context.Background(), fenceWait)
 		defer cancel()
 		why := &protocols.Refusal{Rule: "revocation/" + p.ID, Reason: fmt.Sprintf("access of %s has been revoked: %s", p.Ends(), p.Reason), Code: "57P01"}
-		n, err := f.sessions.CutWhere(ctx, func(i session.Info) bool { return bearer(i).Ends(p.Ends()) }, why)
+		n, err := f.sessions.CutWhere(ctx, func(i session.Info) bool { return bearer(i).EndedBy(p) }, why)
 		if err != nil {
 			run.err = fmt.Errorf("%d session(s) pass nothing any more but have not ended: %w", n, err)
 			return

@@ -154,8 +154,11 @@ func revocationsCommand(f *clientFlags) *cobra.Command {
 			var rows [][]string
 			for _, r := range rs {
 				state := "in force"
-				if !r.Undone.IsZero() {
+				switch {
+				case !r.Undone.IsZero():
 					state = "undone " + stamp(r.Undone)
+				case !r.Until.IsZero():
+					state = "for tokens until " + stamp(r.Until)
 				}
 				rows = append(rows, []string{r.ID, r.Scope.String(), state, stamp(r.At), r.Reason})
 			}

@@ -18,7 +18,7 @@ import (
 )
 
 func revocationInfo(r *state.Revocation) RevocationInfo {
-	i := RevocationInfo{ID: r.ID, Scope: r.Scope, Reason: r.Reason, At: r.At, Index: r.Index, Undone: r.Undone, UndoReason: r.UndoReason}
+	i := RevocationInfo{ID: r.ID, Scope: r.Scope, Reason: r.Reason, At: r.At, Index: r.Index, Until: r.Until, Undone: r.Undone, UndoReason: r.UndoReason}
 	switch {
 	case r.Fenced != nil:
 		i.Fenced, i.Nodes = r.FencedAt, r.Fenced.Nodes
@@ -198,7 +198,7 @@ func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
 		return nil, notFound("there is no revocation %q; `sallyport revocations list` shows them", id)
 	}
 	b := state.BearerOf(r.subject)
-	switch why := state.Undoable(rev.Scope.Kind); {
+	switch why := rev.Final(); {
 	case !rev.Undone.IsZero():
 		return nil, &Failure{&Problem{Code: "conflict", Error: "this revocation was undone already", Status: http.StatusConflict}}
 	case why != "":

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/approval"
+	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/node/state"
 	"github.com/sallyport/sallyport/node/tunnel"
@@ -63,6 +64,8 @@ type Deps struct {
 	// is one that Authenticate could accept.
 	Known  func(ctx context.Context, r *http.Request) error
 	Decide func(req *policy.Request) (policy.Decision, uint64)
+	// LogoutToken and SecurityEvent verify an identity provider's signals.
+	LogoutToken, SecurityEvent func(ctx context.Context, token string) ([]identity.Signal, error)
 	// VerifyToken checks a caller's token that another node passes on.
 	VerifyToken func(ctx context.Context, token string) (*policy.Subject, error)
 	// Seal encrypts to the voters and the nodes named; name binds the secret to its
@@ -131,6 +134,8 @@ func (s *Server) routes() {
 	read("GET /v1/recordings", policy.RecordingsRead, s.listObjects)
 	read("GET /v1/recordings/object", policy.RecordingsRead, s.getObject)
 	s.public.HandleFunc("POST /v1/cluster/join", s.join)
+	s.public.HandleFunc("POST /v1/signals/logout", s.logout)
+	s.public.HandleFunc("POST /v1/signals/events", s.securityEvent)
 
 	s.mesh.Handle("/v1/", s.public)
 	s.mesh.HandleFunc("GET /mesh/v1/status", s.meshStatus)

@@ -209,6 +209,7 @@ type RevocationInfo struct {
 	Reason     string             `json:"reason"`
 	At         time.Time          `json:"at"`
 	Index      uint64             `json:"index"`
+	Until      time.Time          `json:"until,omitzero"` // only credentials issued until then end; zero: all
 	Undone     time.Time          `json:"undone,omitzero"`
 	UndoReason string             `json:"undo_reason,omitempty"`
 	Fenced     time.Time          `json:"fenced,omitzero"` // when it was stored that every node has stopped

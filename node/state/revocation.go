@@ -18,6 +18,7 @@ type Revocation struct {
 	EventID    event.ID
 	Seq, Index uint64 // of its event
 	At         time.Time
+	Until      time.Time // zero, or: only credentials issued until then end
 	Undone     time.Time // zero while in force
 	UndoReason string
 	// Fenced says how each node stopped; nil until all have. FencedAt is when
@@ -30,6 +31,9 @@ type Revocation struct {
 
 // Why words the refusal of what r matches.
 func (r *Revocation) Why() string {
+	if !r.Until.IsZero() {
+		return fmt.Sprintf("this credential is from before %s, when access of %s ended (%s): %s; get a new one", r.Until.UTC().Format(time.RFC3339), r.Scope, r.ID, r.Reason)
+	}
 	if !r.Undone.IsZero() {
 		return fmt.Sprintf("this credential is from before the revocation of %s (%s) was undone: get a new one", r.Scope, r.ID)
 	}
@@ -64,6 +68,8 @@ type standing struct {
 	// undone is the one that was undone last: credentials issued until then are
 	// dead for this scope, for ever. Nil if none was.
 	undone *Revocation
+	// until is the one with the latest Until, or nil.
+	until *Revocation
 }
 
 // refuses is the revocation that refuses a credential issued at issued, or nil.
@@ -75,6 +81,9 @@ func (s standing) refuses(issued time.Time) *Revocation {
 	// whole seconds.
 	if s.undone != nil && issued.Unix() <= s.undone.Undone.Add(identity.Leeway).Unix() {
 		return s.undone
+	}
+	if s.until != nil && issued.Unix() <= s.until.Until.Unix() { // one clock says both
+		return s.until
 	}
 	return nil
 }
@@ -167,6 +176,11 @@ func (b *Bearer) Ends(s event.Scope) bool {
 	return false
 }
 
+// EndedBy says whether r ends what b stands for.
+func (b *Bearer) EndedBy(r event.Revoked) bool {
+	return b.Ends(r.Ends()) && (r.Until.IsZero() || b.IssuedAt.Unix() <= r.Until.Unix())
+}
+
 // eachValue calls f for each value of a claim, written as a scope has it, until
 // f says no.
 func eachValue(v any, f func(string) bool) {
@@ -196,9 +210,12 @@ func eachValue(v any, f func(string) bool) {
 	}
 }
 
-// Undoable says why a revocation of this kind cannot be undone, or "".
-func Undoable(k event.ScopeKind) string {
-	switch k {
+// Final says why r cannot be undone, or "".
+func (r *Revocation) Final() string {
+	if !r.Until.IsZero() {
+		return "it ended what had been issued before it, and nothing of that is revived: get a new token"
+	}
+	switch r.Scope.Kind {
 	case event.ScopeSession:
 		return "a session that was ended does not come back: open a new one"
 	case event.ScopeToken:
@@ -255,17 +272,21 @@ func (f *fold) revocation(e event.Event) error {
 		if err != nil {
 			return err
 		}
-		r := &Revocation{ID: p.ID, Reason: p.Reason, Scope: p.Ends(), EventID: e.ID, At: e.Time, Seq: e.Seq, Index: e.Index}
+		r := &Revocation{ID: p.ID, Reason: p.Reason, Scope: p.Ends(), Until: p.Until, EventID: e.ID, At: e.Time, Seq: e.Seq, Index: e.Index}
 		m[p.ID] = r
 		own(&f.v.Unfenced, &f.unfenced)[p.ID] = r
 		if r.Scope.Kind == event.ScopeClaim {
 			own(&f.v.claims, &f.claims)[r.Scope.Name] = true
 		}
 		scopes := own(&f.v.scopes, &f.scopes)
-		if st := scopes[r.Scope]; st.revoked == nil {
+		st := scopes[r.Scope]
+		switch {
+		case r.Until.IsZero() && st.revoked == nil:
 			st.revoked = r
-			scopes[r.Scope] = st
+		case !r.Until.IsZero() && (st.until == nil || r.Until.After(st.until.Until)):
+			st.until = r
 		}
+		scopes[r.Scope] = st
 	case event.TypeRevocationUndone:
 		p, err := event.Decode[event.RevocationUndone](e)
 		if err != nil {
@@ -275,9 +296,9 @@ func (f *fold) revocation(e event.Event) error {
 			c := *r
 			c.Undone, c.UndoReason = e.Time, p.Reason
 			f.replace(&c)
-			st := standing{undone: &c}
+			st := standing{undone: &c, until: f.v.scopes[c.Scope].until}
 			for _, o := range m { // another revocation of the same stands
-				if o.Scope == c.Scope && o.Undone.IsZero() && (st.revoked == nil || o.Seq < st.revoked.Seq) {
+				if o.Scope == c.Scope && o.Undone.IsZero() && o.Until.IsZero() && (st.revoked == nil || o.Seq < st.revoked.Seq) {
 					st.revoked = o
 				}
 			}
@@ -325,6 +346,9 @@ func (f *fold) replace(r *Revocation) {
 	}
 	if st.undone == old {
 		st.undone = r
+	}
+	if st.until == old {
+		st.until = r
 	}
 	scopes[r.Scope] = st
 }

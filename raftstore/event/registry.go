@@ -57,7 +57,7 @@ var kinds = map[string]*kind{
 	TypeApprovalAsked:    of[ApprovalAsked](1),
 	TypeApprovalVoted:    of[ApprovalVoted](1),
 	TypeApprovalEnded:    of[ApprovalEnded](1),
-	TypeRevoked:          of[Revoked](1).adds(2, "scope"),
+	TypeRevoked:          of[Revoked](1).adds(2, "scope", "until"),
 	TypeRevocationUndone: of[RevocationUndone](1),
 	TypeRevocationReport: of[RevocationReport](1),
 	TypeCheckpoint:       of[CheckpointCosigned](2),

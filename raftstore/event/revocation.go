@@ -39,6 +39,10 @@ type Revoked struct {
 	Subject string `json:"subject"` // of a revocation of a subject: all that version 1 knew
 	Reason  string `json:"reason"`
 	Scope   *Scope `json:"scope,omitempty"` // of any other kind; since version 2
+	// Until bounds what ends to credentials issued until then, and the sessions
+	// they opened: what an identity provider means by the end of a session.
+	// Zero ends all, those issued later too. Since version 2.
+	Until time.Time `json:"until,omitzero"`
 }
 
 // NewRevoked keeps a revocation of a subject as what it always was, so that a
