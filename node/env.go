@@ -186,7 +186,7 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 			Detail: map[string]string{"protocol": want.Protocol, "client": client, "profile": want.Profile, "token_id": subject.TokenID}})
 		return nil, r
 	}
-	if refusal := n.inTouch(); refusal != nil {
+	if refusal := n.leases.admits(ctx); refusal != nil {
 		return refuse(refusal)
 	}
 	target, refusal := n.targetFor(v, want)
@@ -476,21 +476,6 @@ func (n *Node) leave(ctx context.Context) {
 	n.sessions.Drain(now, &protocols.Refusal{Rule: "shutdown", Reason: "this node leaves the cluster: connect to another node", Code: "57P01"})
 	// The answer to the leader must still leave.
 	time.AfterFunc(time.Second, func() { n.fail(errRemoved) })
-}
-
-// contactLost is how long a node lets new sessions in without a word from a
-// leader. It may have been cut off, or removed, and know nothing of what was
-// revoked since. Leases will bound the sessions that run.
-const contactLost = 10 * time.Second
-
-// inTouch says whether this node may let a new session in.
-func (n *Node) inTouch() *protocols.Refusal {
-	st := n.store.Status()
-	if st.State == "leader" || (st.LastContact >= 0 && st.LastContact < contactLost) {
-		return nil
-	}
-	return &protocols.Refusal{Rule: "no-quorum", Code: "57P03",
-		Reason: "this node has lost the cluster's leader, so it cannot know what was revoked and lets nobody in: connect to another node"}
 }
 
 // providers are the identity providers of the configuration; those for trials

@@ -38,6 +38,7 @@ import (
 	"github.com/sallyport/sallyport/protocols/postgres"
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/fence"
 	"github.com/sallyport/sallyport/raftstore/transport"
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/spool"
@@ -78,6 +79,7 @@ type Node struct {
 	audit      *audit
 	targets    *targets
 	fences     *fences
+	leases     *leases
 	postgres   *postgres.Protocol
 	env        *protocols.Env
 	tokens     tokenKeep
@@ -142,6 +144,13 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		}
 	}()
 	onStop := func(f func()) { stops = append(stops, f) }
+
+	if err := fence.CheckClock(); err != nil {
+		if !n.cfg.AllowUnstableClock {
+			return fmt.Errorf("%w; allowUnstableClock in node.yaml starts all the same", err)
+		}
+		n.log.Warn("revocations may be reported as complete too early", "err", err)
+	}
 
 	// The network: one port number, TCP and UDP.
 	ln, err := net.Listen("tcp", n.cfg.Listen)
@@ -247,6 +256,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.targets = newTargets(n)
 	onStop(n.targets.close)
 	n.fences = newFences(n.sessions, n.cfg.Name)
+	n.leases = n.newLeases(enforcer{n})
 	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
 	n.approvals = approval.New(approval.Env{
 		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.sealHere, VerifyVote: n.verifyVote,
@@ -278,6 +288,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	run("event store", func(ctx context.Context) error { return n.store.Follow(ctx, 1, n.state.Fold) })
 	run("mesh", func(ctx context.Context) error { return n.mesh.Serve(ctx, n.api.MeshHandler()) })
+	run("leases", n.leases.run)
 	run("bootstrap", n.bootstrap)
 	run("announce", n.announce)
 	run("sweeper", n.targets.sweep)
@@ -318,10 +329,12 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	stopListening()
 	dctx, cancel := context.WithTimeout(context.Background(), DrainTimeout)
 	if err != nil {
+		n.leases.stop(false)
 		cancel() // what is wrong might be what protects the sessions: cut now
 	}
 	n.sessions.Drain(dctx, &protocols.Refusal{Rule: "shutdown", Reason: "this node is shutting down: connect to another node", Code: "57P01"})
 	cancel()
+	n.leases.stop(len(n.sessions.List()) == 0)
 	return err
 }
 
@@ -476,8 +489,7 @@ func (n *Node) catchUp(ctx context.Context) error {
 	}
 }
 
-// cutOffAfter is how long sessions run on without a word from a leader. Leases
-// will make it a matter of seconds, and a promise.
+// cutOffAfter is how long sessions stay frozen without a lease.
 const cutOffAfter = 60 * time.Second
 
 // watchContact cuts all sessions of a node that has been cut off, or removed
@@ -492,11 +504,11 @@ func (n *Node) watchContact(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-		if n.inTouch() == nil {
+		if n.leases.holder.Check(0) == nil {
 			last = time.Now()
 			continue
 		}
-		if time.Since(last) < cutOffAfter-contactLost || len(n.sessions.List()) == 0 {
+		if time.Since(last) < cutOffAfter || len(n.sessions.List()) == 0 {
 			continue
 		}
 		n.log.Error("cutting all sessions: no leader has been heard for too long to know what was revoked", "limit", cutOffAfter)
@@ -577,6 +589,7 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 			}
 		}
 	}
+	n.leases.onChange(v, events)
 	n.fences.handled.Store(v.Seq)
 }
 

@@ -167,6 +167,16 @@ func (s *Store) IsLeader() bool {
 	return r != nil && r.State() == raft.Leader
 }
 
+// Leads is IsLeader, with the term it is about.
+func (s *Store) Leads() (term uint64, leads bool) {
+	r := s.raft.Load()
+	if r == nil {
+		return 0, false
+	}
+	term = r.CurrentTerm()
+	return term, r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
 // LeaderChanges has one token after leadership changed, here or elsewhere, any
 // number of times. It is for one reader.
 func (s *Store) LeaderChanges() <-chan struct{} { return s.leader }

@@ -16,6 +16,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/sallyport/sallyport/node/pki"
+	"github.com/sallyport/sallyport/raftstore/fence"
 )
 
 // FileName is the settings file's name in a data directory.
@@ -48,6 +49,16 @@ type Config struct {
 	// WALFailoverDir, on yet another disk, takes the cluster's log while the
 	// first one stalls for more than 0.2 s. Once set it is needed at every start.
 	WALFailoverDir string `yaml:"walFailoverDir,omitempty"`
+	// Lease is how long a node that is cut off from the leader goes on to pass
+	// data, and so how long a revocation waits for it. It must last over a change
+	// of leader: at least four times heartbeatTimeout. Default four times
+	// heartbeatTimeout and 500ms: 2.5s. The same on all nodes.
+	Lease time.Duration `yaml:"lease,omitempty"`
+	// AllowUnstableClock starts a node on a machine whose kernel counts time by
+	// interrupts (clock source jiffies, refined-jiffies or pit). Its lease may
+	// then end later than others believe, so a revocation may be reported as
+	// complete before it is. Default false.
+	AllowUnstableClock bool `yaml:"allowUnstableClock,omitempty"`
 	// MaxConnections bounds all client connections of this node. Default 4096.
 	MaxConnections int `yaml:"maxConnections,omitempty"`
 	// MaxUnauthenticated bounds those that have not logged in yet. Default 1024.
@@ -121,6 +132,9 @@ func (c *Config) SetDefaults() {
 	if c.HeartbeatTimeout == 0 {
 		c.HeartbeatTimeout = 500 * time.Millisecond
 	}
+	if c.Lease == 0 {
+		c.Lease = 4*c.HeartbeatTimeout + 500*time.Millisecond
+	}
 	if c.MaxConnections == 0 {
 		c.MaxConnections = 4096
 	}
@@ -163,8 +177,11 @@ func (c *Config) Validate() error {
 	if c.SegmentAge < 100*time.Millisecond || c.SegmentAge > 10*time.Minute {
 		errs = append(errs, fmt.Errorf("segmentAge: %v is not between 100ms and 10m", c.SegmentAge))
 	}
-	if c.HeartbeatTimeout < 100*time.Millisecond || c.HeartbeatTimeout > time.Minute {
-		errs = append(errs, fmt.Errorf("heartbeatTimeout: %v is not between 100ms and 1m", c.HeartbeatTimeout))
+	if c.HeartbeatTimeout < 100*time.Millisecond || c.HeartbeatTimeout > 10*time.Second {
+		errs = append(errs, fmt.Errorf("heartbeatTimeout: %v is not between 100ms and 10s", c.HeartbeatTimeout))
+	}
+	if c.Lease < 4*c.HeartbeatTimeout || c.Lease > fence.MaxLength {
+		errs = append(errs, fmt.Errorf("lease: %v is not between four times heartbeatTimeout (%v) and %v", c.Lease, 4*c.HeartbeatTimeout, fence.MaxLength))
 	}
 	if c.MaxConnections < 1 || c.MaxUnauthenticated < 1 || c.MaxUnauthenticatedPerIP < 1 {
 		errs = append(errs, errors.New("maxConnections, maxUnauthenticated and maxUnauthenticatedPerIP must be positive"))

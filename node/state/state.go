@@ -25,7 +25,8 @@ const keepEnded = 1000
 type View struct {
 	Seq, Index uint64 // of the last event folded
 
-	FeatureLevel uint32 // what may be stored: see event.FeatureLevel
+	FeatureLevel uint32        // what may be stored: see event.FeatureLevel
+	LongestLease time.Duration // that any leader may have granted; 0: none was announced
 
 	ClusterID      string
 	CA             []byte // DER
@@ -260,6 +261,12 @@ func (f *fold) apply(e event.Event) error {
 		f.config(p)
 		f.v.ConfigIndex, f.v.ConfigVersion = e.Index, e.AggregateVersion
 		f.tolerance(e.Index)
+	case event.TypeLeaseLengthened:
+		p, err := event.Decode[event.LeaseLengthened](e)
+		if err != nil {
+			return err
+		}
+		f.v.LongestLease = max(f.v.LongestLease, time.Duration(p.Nanoseconds))
 	case event.TypeSecretsSealed:
 		p, err := event.Decode[event.SecretsSealed](e)
 		if err != nil {

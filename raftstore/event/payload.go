@@ -20,6 +20,7 @@ const (
 	TypeRevocationUndone = "revocation.undone"     // RevocationUndone, aggregate "revocation/ID"
 	TypeRevocationReport = "revocation.report"     // RevocationReport, aggregate "revocation/ID"; read only
 	TypeRevocationFenced = "revocation.fenced"     // RevocationFenced, aggregate "revocation/ID"
+	TypeLeaseLengthened  = "lease.lengthened"      // LeaseLengthened, aggregate "lease"
 	TypeCheckpoint       = "checkpoint.cosigned"   // CheckpointCosigned, aggregate "checkpoint": its version is the checkpoint's number
 )
 
@@ -161,4 +162,10 @@ type CheckpointCosigned struct {
 	Size uint64 `json:"size"` // events, of which this one is none
 	Root []byte `json:"root"` // of the Merkle tree over them
 	Note string `json:"note"` // the checkpoint with its cosignatures, as it is exported
+}
+
+// LeaseLengthened says that from here on leaders may grant leases of up to this
+// length; the longest ever said is what a new leader waits out.
+type LeaseLengthened struct {
+	Nanoseconds int64 `json:"nanoseconds"`
 }

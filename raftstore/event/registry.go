@@ -60,6 +60,7 @@ var kinds = map[string]*kind{
 	TypeRevoked:          of[Revoked](1).adds(2, "scope", "until"),
 	TypeRevocationUndone: of[RevocationUndone](1),
 	TypeRevocationReport: of[RevocationReport](1),
+	TypeLeaseLengthened:  of[LeaseLengthened](2),
 	TypeCheckpoint:       of[CheckpointCosigned](2),
 	TypeRevocationFenced: of[RevocationFenced](2),
 }

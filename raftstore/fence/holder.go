@@ -69,6 +69,7 @@ type Holder struct {
 		changed chan struct{}             // closed when held changes
 		held    bool                      // as Changed has told
 		lapse   *time.Timer               // at the lease's end
+		idle    bool                      // nothing forwards any more: goodbye may be said
 		left    error                     // why the lease was given up for good
 		next    struct{ id, addr string } // who leads, as the last node asked said
 	}
@@ -144,18 +145,24 @@ func (h *Holder) Folded(seq uint64) {
 	h.do(func(now int64) { h.mu.core.foldedTo(seq, now) })
 }
 
-// GiveUp drops the lease for good, because of why: this node's state is not the
-// cluster's, or it stops. The leader is told, and need not wait for it: call it
-// to stop only when nothing forwards any more.
-func (h *Holder) GiveUp(why error) {
+// GiveUp drops the lease for good, because of why: checks fail from now on. The
+// leader waits until the lease would have ended.
+func (h *Holder) GiveUp(why error) { h.leave(why, false) }
+
+// Release is GiveUp of a node that forwards nothing any more: it tells the
+// leader so, who need not wait for it.
+func (h *Holder) Release(why error) { h.leave(why, true) }
+
+func (h *Holder) leave(why error, idle bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.mu.left == nil {
 		h.mu.left = why
 		h.mu.core.drop()
 		h.settled()
-		h.wake()
 	}
+	h.mu.idle = h.mu.idle || idle
+	h.wake()
 }
 
 // do runs one step of the protocol and brings what it led to into effect.
@@ -378,17 +385,13 @@ func (h *Holder) attend(ctx context.Context, id, addr string) error {
 func (h *Holder) send(ctx context.Context, conn net.Conn) error {
 	h.mu.Lock()
 	b := h.hello()
-	left := h.mu.left
 	h.mu.Unlock()
-	if left != nil {
-		<-ctx.Done()
-		return context.Cause(ctx)
-	}
 	tick := time.NewTicker(h.cfg.Length / renewals)
 	defer tick.Stop()
 	for renew := true; ; {
 		h.mu.Lock()
-		if left = h.mu.left; left == nil && renew {
+		left, idle := h.mu.left, h.mu.idle
+		if left == nil && renew {
 			// The clock before anything leaves: the lease counts from here.
 			n := h.mu.core.renew(h.now())
 			b = (&frame{kind: kindRenew, n: n, quiet: h.mu.core.quiet(), level: h.level()}).append(b)
@@ -399,7 +402,7 @@ func (h *Holder) send(ctx context.Context, conn net.Conn) error {
 		behind := len(h.mu.owed) == maxOwed
 		h.mu.owed = nil
 		h.mu.Unlock()
-		if left != nil {
+		if idle {
 			b = (&frame{kind: kindBye}).append(b)
 		}
 		if len(b) > 0 {
@@ -409,8 +412,9 @@ func (h *Holder) send(ctx context.Context, conn net.Conn) error {
 			}
 		}
 		switch {
-		case left != nil:
-			return left
+		case idle:
+			<-ctx.Done()
+			return context.Cause(ctx)
 		case behind:
 			return errBehind
 		}
@@ -425,13 +429,12 @@ func (h *Holder) send(ctx context.Context, conn net.Conn) error {
 	}
 }
 
-// stopped sends the goodbye of a node that has given its lease up, if that has
-// not left yet.
+// stopped sends the goodbye of a node that is idle, if that has not left yet.
 func (h *Holder) stopped(ctx context.Context, conn net.Conn) error {
 	h.mu.Lock()
-	left := h.mu.left
+	idle := h.mu.idle
 	h.mu.Unlock()
-	if left != nil {
+	if idle {
 		conn.SetWriteDeadline(time.Now().Add(byeTimeout))
 		if _, err := conn.Write((&frame{kind: kindBye}).append(nil)); err != nil {
 			return err
