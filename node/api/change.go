@@ -93,11 +93,13 @@ func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
 	}
 	var ev event.Event
 	for try := 0; ; try++ {
-		version := s.Store.Version("config")
-		if s.State.View().ConfigIndex != in.Expect { // changed between the two reads
+		// The version is that of the view which is compared: the store itself may
+		// be a change ahead of it, which must not be replaced unseen.
+		now := s.State.View()
+		if now.ConfigIndex != in.Expect {
 			return nil, &Failure{&Problem{Code: "conflict", Error: "the configuration is being changed by someone else: plan again", Status: http.StatusConflict}}
 		}
-		ev, err = s.propose(w, r, event.TypeConfigApplied, "config", version,
+		ev, err = s.propose(w, r, event.TypeConfigApplied, "config", now.ConfigVersion,
 			event.ConfigApplied{Files: b.Files, Secrets: secrets, SealedTo: to, Digest: b.Digest})
 		var conflict *raftstore.ConflictError
 		if err == nil {
