@@ -241,7 +241,13 @@ func (s *Store) Status() Status {
 	st := Status{Applied: h.Applied, Seq: h.Seq, Chain: h.Chain, LastContact: -1}
 	contact := s.feed.status(&st)
 	if r := s.raft.Load(); r != nil {
-		st.State, st.Term = strings.ToLower(r.State().String()), r.CurrentTerm()
+		// Both at one moment: a leader of term 5 that has just learned of term 6
+		// must not look like the leader of 6.
+		term, state := r.CurrentTerm(), r.State()
+		for now := r.CurrentTerm(); now != term; now = r.CurrentTerm() {
+			term, state = now, r.State()
+		}
+		st.State, st.Term = strings.ToLower(state.String()), term
 		st.LastIndex, st.CommitIndex, st.AppliedLog = r.LastIndex(), r.CommitIndex(), r.AppliedIndex()
 		if t := r.LastContact(); t.After(contact) {
 			contact = t
