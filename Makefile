@@ -19,8 +19,10 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 FUZZTIME   ?= 30s
 # Those that `make test` runs for some seconds: what reads a caller's bytes first.
 BRIEF_FUZZ := FuzzFrame FuzzAnalyze FuzzMask
-# How long the chaos workloads run: `make chaos CHAOSTIME=10m`.
-CHAOSTIME  ?= 3m
+# What `make chaos` plays: a mix, all, or scenarios by name; SEED repeats a run.
+SCENARIO   ?= mix
+SEED       ?= 0
+CHAOSTIME  ?= 10m
 # Packages that are tested, for `make test PKG=./policy/...`.
 PKG        ?= ./...
 
@@ -74,9 +76,20 @@ test-large: test-deps $(CACHE)/versitygw build ## what takes long: fuzzing and c
 	.ci/fuzz.sh 5m
 	$(with_binary) SALLYPORT_CHAOS_TIME=15m go test -race -count=1 -timeout 2h -v ./chaos/...
 
+# The program that plays them, and a binary with the faults of disks and clocks
+# that only it can have.
+CHAOS      := $(CACHE)/test/chaos
+CHAOSBIN   := $(CACHE)/test/sallyport-chaos
+
+.PHONY: chaos-build
+chaos-build: test-deps $(CACHE)/versitygw
+	@mkdir -p $(CACHE)/test
+	$(pure) go build -buildvcs=false -o $(CHAOS) ./chaos/run
+	$(pure) go build -buildvcs=false -tags chaos -o $(CHAOSBIN) ./cmd/sallyport
+
 .PHONY: chaos
-chaos: test-deps build ## kill, pause and partition real processes under load for CHAOSTIME
-	$(with_binary) SALLYPORT_CHAOS_TIME=$(CHAOSTIME) go test -race -count=1 -timeout 2h -v ./chaos/...
+chaos: chaos-build ## faults on real nodes under load, 10 minutes; SCENARIO=S3 SEED=… repeats one
+	$(CHAOS) -binary $(CHAOSBIN) -scenario $(SCENARIO) -seed $(SEED) -time $(CHAOSTIME)
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

@@ -51,6 +51,8 @@ type Options struct {
 	// which serves loopback only, by what Place does about it.
 	Place      func(i int) (*Place, error)
 	TargetHost string
+	// Started, if not nil, is given the Cluster before the first node is placed.
+	Started func(*Cluster)
 	// Log is told what is done; nil tells nobody.
 	Log func(format string, args ...any)
 }
@@ -174,6 +176,9 @@ func Start(ctx context.Context, o Options) (_ *Cluster, err error) {
 	}
 	if err := c.startIssuer(ctx); err != nil {
 		return nil, err
+	}
+	if o.Started != nil {
+		o.Started(c)
 	}
 	for range o.Nodes {
 		if _, err := c.AddNode(ctx); err != nil {
