@@ -248,7 +248,7 @@ func setDefaults(cfg *Config) {
 		cfg.TrailingLogs = trailingLogs
 	}
 	if cfg.seams.fs == nil {
-		cfg.seams.fs = vfs.Default
+		cfg.seams.fs = disk.FS()
 	}
 	if cfg.seams.transport == nil {
 		cfg.seams.transport = func(c transport.RaftConfig) raftTransport { return transport.NewRaft(c) }

@@ -9,7 +9,6 @@ import (
 	"log"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
@@ -56,15 +55,15 @@ func Main(args []string, stdout io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := inside(ctx, s, stdout); err != nil {
+	if err := one(ctx, s, s.scenario, stdout); err != nil {
 		fmt.Fprintln(stdout, "chaos:", err)
 		return 1
 	}
 	return 0
 }
 
-// outside runs this program in a sandbox. The directory of the run goes with
-// it, unless it failed.
+// outside runs each scenario in a sandbox of its own. The directory of the
+// runs goes with them, unless one failed.
 func outside(s settings, stdout io.Writer) int {
 	if err := sandbox.Available(context.Background()); err != nil {
 		fmt.Fprintln(stdout, "chaos: skipped, this machine cannot run it:", err)
@@ -73,11 +72,17 @@ func outside(s settings, stdout io.Writer) int {
 		}
 		return 3
 	}
-	var err error
+	fail := func(err error) int {
+		fmt.Fprintln(stdout, "chaos:", err)
+		return 1
+	}
+	names, err := s.names()
+	if err != nil {
+		return fail(err)
+	}
 	if s.binary == "" {
 		if s.binary, err = cluster.Binary(context.Background()); err != nil {
-			fmt.Fprintln(stdout, "chaos:", err)
-			return 1
+			return fail(err)
 		}
 	}
 	keep := s.out != ""
@@ -87,57 +92,53 @@ func outside(s settings, stdout io.Writer) int {
 		s.out, err = filepath.Abs(s.out)
 	}
 	if err != nil {
-		fmt.Fprintln(stdout, "chaos:", err)
-		return 1
+		return fail(err)
 	}
-	fmt.Fprintf(stdout, "chaos: scenario %s, seed %d\n", s.scenario, s.seed)
-	signal.Ignore(os.Interrupt) // the other process handles it
+	signal.Ignore(os.Interrupt) // the processes inside handle it
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	cmd := sandbox.Command(context.Background(), "/proc/self/exe", "-scenario="+s.scenario, "-seed="+strconv.FormatUint(s.seed, 10),
-		"-time="+s.time.String(), "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons))
-	cmd.Stdout, cmd.Stderr = stdout, os.Stderr
-	err = cmd.Run()
-	if err == nil && !keep {
-		os.RemoveAll(s.out)
-		return 0
+	var failed []string
+	for _, name := range names {
+		fmt.Fprintf(stdout, "chaos: scenario %s, seed %d\n", name, s.seed)
+		cmd := sandbox.Command(context.Background(), "/proc/self/exe", "-scenario="+name, "-seed="+strconv.FormatUint(s.seed, 10),
+			"-time="+s.time.String(), "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons))
+		cmd.Stdout, cmd.Stderr = stdout, os.Stderr
+		if err := cmd.Run(); err != nil {
+			fmt.Fprintf(stdout, "chaos: %s FAILED (%v); again: make chaos SCENARIO=%s SEED=%d\n", name, err, name, s.seed)
+			failed = append(failed, name)
+		}
 	}
-	fmt.Fprintf(stdout, "chaos: journals and logs are in %s\n", s.out)
-	var ended *exec.ExitError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &ended):
-		fmt.Fprintf(stdout, "chaos: FAILED; again: make chaos SCENARIO=%s SEED=%d\n", s.scenario, s.seed)
+	if len(failed) == 0 && !keep {
+		os.RemoveAll(s.out)
+	} else {
+		fmt.Fprintf(stdout, "chaos: journals and logs are in %s\n", s.out)
+	}
+	if len(failed) > 0 {
+		fmt.Fprintf(stdout, "chaos: FAILED: %s\n", strings.Join(failed, ", "))
 		return 1
 	}
-	fmt.Fprintln(stdout, "chaos:", err)
-	return 1
+	fmt.Fprintf(stdout, "chaos: passed: %s\n", strings.Join(names, ", "))
+	return 0
 }
 
-func inside(ctx context.Context, s settings, stdout io.Writer) error {
-	var names []string
+// names are the scenarios asked for.
+func (s *settings) names() (names []string, err error) {
 	switch s.scenario {
 	case "mix", "smoke", "revoke":
-		return one(ctx, s, s.scenario, stdout)
+		return []string{s.scenario}, nil
 	case "all":
 		for _, sc := range Scenarios {
 			names = append(names, sc.Name)
 		}
-	default:
-		names = strings.Split(s.scenario, ",")
+		return names, nil
 	}
-	var errs []error
+	names = strings.Split(s.scenario, ",")
 	for _, name := range names {
-		if ctx.Err() != nil {
-			break
-		}
-		if err := one(ctx, s, name, stdout); err != nil {
-			fmt.Fprintf(stdout, "chaos: %s FAILED (seed %d): %v\n", name, s.seed, err)
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		if _, err := Find(name); err != nil {
+			return nil, err
 		}
 	}
-	return errors.Join(errs...)
+	return names, nil
 }
 
 // one plays one scenario, or a mix.
