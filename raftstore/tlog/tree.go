@@ -205,13 +205,20 @@ func (t *Tree) Size() uint64 {
 	return t.mu.b.size
 }
 
-// Append adds leaves, and entries of the index for leaves that are there then.
-// After an error the tree takes no more until it is opened anew.
-func (t *Tree) Append(leaves []Hash, entries ...Entry) error {
+// ErrMoved: the tree was reset, or somebody else appended to it.
+var ErrMoved = errors.New("the log's tree has another size")
+
+// Append adds leaves to a tree of size at, and entries of the index for leaves
+// that are there then. After an error other than ErrMoved the tree takes no more
+// until it is opened anew.
+func (t *Tree) Append(at uint64, leaves []Hash, entries ...Entry) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.mu.failed != nil {
 		return t.mu.failed
+	}
+	if at != t.mu.b.size {
+		return ErrMoved
 	}
 	buf := make([]byte, 0, len(leaves)*HashSize)
 	for _, h := range leaves {

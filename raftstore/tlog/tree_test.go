@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"math/rand/v2"
 	"os"
@@ -65,13 +66,13 @@ func TestTree(t *testing.T) {
 	var b Builder
 	for i := 0; i < n; {
 		k := min(n-i, 1+i%97)
-		if err := tr.Append(all[i : i+k]); err != nil {
+		if err := tr.Append(uint64(i), all[i:i+k]); err != nil {
 			t.Fatal(err)
 		}
 		i += k
 	}
-	if tr.Size() != n {
-		t.Fatal(tr.Size())
+	if err := tr.Append(n-1, all[:1]); !errors.Is(err, ErrMoved) || tr.Size() != n {
+		t.Fatal(err, tr.Size())
 	}
 	roots := []Hash{b.Root()}
 	for i := range n {
@@ -165,7 +166,7 @@ func TestTreeReopened(t *testing.T) {
 	build := func(t *testing.T) (string, Hash) {
 		dir := t.TempDir()
 		tr := mustOpen(t, dir)
-		if err := tr.Append(leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
+		if err := tr.Append(0, leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
 			t.Fatal(err)
 		}
 		root, _ := tr.Root(n)
@@ -215,7 +216,7 @@ func TestTreeReopened(t *testing.T) {
 			if got := tr.Leaves(1); c.want > 0 && !slices.Equal(got, []uint64{5, 500}) || c.want == 0 && len(got) > 0 {
 				t.Fatalf("index: %d", got)
 			}
-			if err := tr.Append(leaves(n)[c.want:]); err != nil {
+			if err := tr.Append(c.want, leaves(n)[c.want:]); err != nil {
 				t.Fatal(err)
 			}
 			if got, err := tr.Root(n); err != nil || got != root {
@@ -226,10 +227,10 @@ func TestTreeReopened(t *testing.T) {
 	t.Run("not closed", func(t *testing.T) {
 		dir := t.TempDir()
 		tr := mustOpen(t, dir)
-		if err := tr.Append(leaves(markEvery)); err != nil {
+		if err := tr.Append(0, leaves(markEvery)); err != nil {
 			t.Fatal(err)
 		}
-		if err := tr.Append([]Hash{leafN(markEvery)}, Entry{1, markEvery}); err != nil {
+		if err := tr.Append(markEvery, []Hash{leafN(markEvery)}, Entry{1, markEvery}); err != nil {
 			t.Fatal(err)
 		}
 		again := mustOpen(t, dir) // as after a kill
@@ -246,7 +247,7 @@ func TestTreeReopened(t *testing.T) {
 		if err := tr.Reset(); err != nil || tr.Size() != 0 {
 			t.Fatal(err, tr.Size())
 		}
-		if err := tr.Append(leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
+		if err := tr.Append(0, leaves(n), Entry{1, 5}, Entry{2, 6}, Entry{1, 500}); err != nil {
 			t.Fatal(err)
 		}
 		if got, _ := tr.Root(n); got != root {
@@ -257,10 +258,10 @@ func TestTreeReopened(t *testing.T) {
 		dir, _ := build(t)
 		tr := mustOpen(t, dir)
 		tr.mu.file.Close()
-		if err := tr.Append([]Hash{leafN(n)}); err == nil {
+		if err := tr.Append(n, []Hash{leafN(n)}); err == nil {
 			t.Fatal("appended to a closed file")
 		}
-		if err := tr.Append([]Hash{leafN(n)}); err == nil || tr.Size() != n {
+		if err := tr.Append(n, []Hash{leafN(n)}); err == nil || tr.Size() != n {
 			t.Fatal("went on after a failure", err, tr.Size())
 		}
 	})
@@ -282,7 +283,7 @@ func TestOpenTime(t *testing.T) {
 		for j := range hs {
 			hs[j] = leafN(i + j)
 		}
-		if err := tr.Append(hs); err != nil {
+		if err := tr.Append(uint64(i), hs); err != nil {
 			t.Fatal(err)
 		}
 	}
