@@ -552,7 +552,7 @@ func other(seq uint64) func(raftstore.StoredEvent) raftstore.StoredEvent {
 	return func(e raftstore.StoredEvent) raftstore.StoredEvent {
 		if e.Seq == seq {
 			e.Envelope = slices.Clone(e.Envelope)
-			e.Envelope[len(e.Envelope)-2] ^= 1 // inside the payload
+			e.Envelope[len(e.Envelope)-4] ^= 1 // inside the payload's last text
 		}
 		return e
 	}

@@ -189,17 +189,11 @@ func (v *verifier) run(ctx context.Context) error {
 		}
 		return errStop
 	}
-	v.checkpoints = prefetch(ctx, v.newest, func(ctx context.Context, i uint64) *loaded { return v.loadCheckpoint(ctx, i+1) })
-	// How far the log goes is what the newest readable checkpoint says.
-	for n := v.newest; n > 0 && v.size == 0; n-- {
-		if c := v.loadCheckpoint(ctx, n); c.err == nil {
-			v.size, v.root = c.Size, c.Root
-		}
+	end, err := v.findEnd(ctx)
+	if err != nil {
+		return err
 	}
-	if v.size == 0 {
-		v.problem(Truncated, tlog.CheckpointRoot, "no checkpoint can be read")
-		return errStop
-	}
+	v.checkpoints = prefetch(ctx, end, func(ctx context.Context, i uint64) *loaded { return v.loadCheckpoint(ctx, i+1) })
 	v.nextCheckpoint()
 	tiles := (v.size + tlog.TileWidth - 1) / tlog.TileWidth
 	v.fullTiles = prefetch(ctx, tiles, v.loadTile)
@@ -239,6 +233,36 @@ func (v *verifier) run(ctx context.Context) error {
 		return err
 	}
 	return v.listing(ctx)
+}
+
+// findEnd says how far the log goes: to the newest checkpoint that can be read
+// and whose hashes are there. It names those after it.
+func (v *verifier) findEnd(ctx context.Context) (number uint64, err error) {
+	for n := v.newest; n > 0; n-- {
+		c := v.loadCheckpoint(ctx, n)
+		key := tlog.CheckpointKey(n)
+		if unreachable(c.err) {
+			return 0, c.err
+		}
+		if c.err == nil && c.Size > 0 {
+			at := (c.Size - 1) / tlog.TileWidth
+			key = tlog.TileKey(0, at, int(c.Size-at*tlog.TileWidth))
+			_, c.err = v.getTile(ctx, 0, at, int(c.Size-at*tlog.TileWidth))
+			if unreachable(c.err) {
+				return 0, c.err
+			}
+			if !errors.Is(c.err, recording.ErrNotFound) { // a damaged one is named when its turn comes
+				v.size, v.root = c.Size, c.Root
+				return n, nil
+			}
+			c.err = fmt.Errorf("the last hashes of checkpoint %d, of %d events, are not there: they were deleted, or the checkpoint was changed: %w", n, c.Size, c.err)
+		} else if c.err == nil {
+			c.err = tlog.ErrNote
+		}
+		v.problem(kindOf(c.err), key, "%v", c.err)
+	}
+	v.problem(Missing, tlog.CheckpointRoot, "no checkpoint can be used")
+	return 0, errStop
 }
 
 // unreachable tells errors of the store from those of the objects in it.

@@ -2,6 +2,7 @@
 package s3server
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -135,4 +136,13 @@ func (s *Server) Client() *minio.Client {
 		s.t.Fatal(err)
 	}
 	return c
+}
+
+// Overwrite replaces an object as somebody could who owns the bucket.
+func (s *Server) Overwrite(t testing.TB, key string, data []byte) {
+	t.Helper()
+	_, err := s.Client().PutObject(context.Background(), s.Bucket, key, bytes.NewReader(data), int64(len(data)), minio.PutObjectOptions{})
+	if err != nil {
+		t.Fatal("s3server: overwrite:", err)
+	}
 }
