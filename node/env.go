@@ -401,7 +401,7 @@ func (n *Node) verifyProof(ctx context.Context, p *identity.Proof, o identity.Pr
 // apiDeps is what the API sees of the node.
 func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
-		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings,
+		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings, EventLog: n.eventLog,
 		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide,
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },

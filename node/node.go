@@ -27,6 +27,7 @@ import (
 	"github.com/sallyport/sallyport/node/api"
 	"github.com/sallyport/sallyport/node/approval"
 	"github.com/sallyport/sallyport/node/config"
+	"github.com/sallyport/sallyport/node/eventlog"
 	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/node/listener"
 	"github.com/sallyport/sallyport/node/pki"
@@ -76,6 +77,7 @@ type Node struct {
 	api        *api.Server
 	spool      *spool.Spool
 	recordings recording.Store
+	eventLog   *eventlog.Service
 	audit      *audit
 	targets    *targets
 	fences     *fences
@@ -262,6 +264,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.sealHere, VerifyVote: n.verifyVote,
 		Decide: n.decide, Now: time.Now, Log: n.log,
 	})
+	if n.eventLog, err = n.openEventLog(dest); err != nil {
+		return err
+	}
 	n.env = n.newEnv()
 	n.postgres = n.newPostgres(cert)
 	n.api = api.NewServer(n.apiDeps())
@@ -287,6 +292,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		})
 	}
 	run("event store", func(ctx context.Context) error { return n.store.Follow(ctx, 1, n.state.Fold) })
+	run("event log", n.eventLog.Run)
 	run("mesh", func(ctx context.Context) error { return n.mesh.Serve(ctx, n.api.MeshHandler()) })
 	run("leases", n.leases.run)
 	run("bootstrap", n.bootstrap)
@@ -634,7 +640,7 @@ func (n *Node) status(ctx context.Context) api.NodeStatus {
 		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Serving: n.serving.Load(), Version: n.version, Started: n.started, Now: time.Now(),
 		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.AppliedLog,
 		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex, FeatureLevel: n.featureLevel(),
-		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev,
+		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev, EventLog: n.eventLog.Status(),
 		Spool:   api.Spool{Open: sp.Open, BytesWaiting: sp.BytesWaiting, OldestUnsent: sp.OldestUnsent, Store: n.cfg.Recordings, LastError: sp.LastError},
 		Targets: n.targets.probe(ctx),
 	}

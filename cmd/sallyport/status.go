@@ -105,7 +105,7 @@ func sessionsCommand(f *clientFlags) *cobra.Command {
 }
 
 func eventsCommand(f *clientFlags) *cobra.Command {
-	c := &cobra.Command{Use: "events", Short: "Follow the cluster's event log"}
+	c := &cobra.Command{Use: "events", Short: "Follow and verify the cluster's event log"}
 	var from uint64
 	var follow bool
 	tail := &cobra.Command{
@@ -139,7 +139,7 @@ func eventsCommand(f *clientFlags) *cobra.Command {
 	}
 	tail.Flags().Uint64Var(&from, "from", 1, "number of the first event to print")
 	tail.Flags().BoolVarP(&follow, "follow", "f", false, "go on as events come")
-	c.AddCommand(tail)
+	c.AddCommand(tail, eventsVerify(f), eventsProve(f))
 	return c
 }
 

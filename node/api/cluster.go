@@ -307,6 +307,7 @@ func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
 	// The others refuse a removed node from the event on, so it might never
 	// hear of its removal: it is told first. One that cannot be told stops
 	// letting anybody in when it has missed the leader for a while.
+	s.awaitSettled(r.Context())
 	ctx, cancel := context.WithTimeout(r.Context(), 40*time.Second)
 	defer cancel()
 	told := s.exchange(ctx, http.MethodPost, name, "/mesh/v1/leave", struct{}{}, nil)

@@ -1,11 +1,9 @@
 package api
 
 import (
-	"context"
 	"encoding/base64"
 	"errors"
 	"net/http"
-	"net/url"
 	"strings"
 
 	"github.com/sallyport/sallyport/recording"
@@ -34,16 +32,7 @@ func (s *Server) listObjects(_ http.ResponseWriter, r *request) (any, error) {
 	if !strings.HasPrefix(q.Get("prefix"), recording.Root) {
 		return nil, invalid("prefix: want one that begins with %s", recording.Root)
 	}
-	out := Objects{Objects: []recording.Object{}}
-	err := s.Recordings.List(r.Context(), q.Get("prefix"), q.Get("after"), func(o recording.Object) error {
-		if len(out.Objects) == maxListed {
-			out.More = true
-			return recording.ErrStop
-		}
-		out.Objects = append(out.Objects, o)
-		return nil
-	})
-	return out, err
+	return listPart(r.Context(), s.Recordings.List, q.Get("prefix"), q.Get("after"))
 }
 
 func (s *Server) getObject(_ http.ResponseWriter, r *request) (any, error) {
@@ -62,45 +51,6 @@ func (s *Server) getObject(_ http.ResponseWriter, r *request) (any, error) {
 }
 
 // Store is the cluster's store of recordings, read through the API.
-func (c *Client) Store() recording.Store { return clientStore{c} }
-
-type clientStore struct{ c *Client }
-
-func (s clientStore) String() string { return "the cluster's store, through the API" }
-
-func (s clientStore) Put(context.Context, string, []byte) error {
-	return errors.New("the API does not write recordings")
-}
-
-func (s clientStore) Get(ctx context.Context, key string) ([]byte, error) {
-	d, err := call[ObjectData](ctx, s.c, http.MethodGet, "/v1/recordings/object?key="+url.QueryEscape(key), nil)
-	var f *Failure
-	if errors.As(err, &f) && f.Status == http.StatusNotFound {
-		return nil, recording.ErrNotFound
-	}
-	if err != nil {
-		return nil, err
-	}
-	return base64.StdEncoding.DecodeString(d.Data)
-}
-
-func (s clientStore) List(ctx context.Context, prefix, after string, fn func(recording.Object) error) error {
-	for {
-		q := url.Values{"prefix": {prefix}, "after": {after}}
-		part, err := call[Objects](ctx, s.c, http.MethodGet, "/v1/recordings?"+q.Encode(), nil)
-		if err != nil {
-			return err
-		}
-		for _, o := range part.Objects {
-			if err := fn(o); errors.Is(err, recording.ErrStop) {
-				return nil
-			} else if err != nil {
-				return err
-			}
-			after = o.Key
-		}
-		if !part.More || len(part.Objects) == 0 {
-			return nil
-		}
-	}
+func (c *Client) Store() recording.Store {
+	return clientStore{c: c, list: "/v1/recordings", object: "/v1/recordings/object", name: "the cluster's store, through the API"}
 }

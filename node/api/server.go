@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/approval"
+	"github.com/sallyport/sallyport/node/eventlog"
 	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/node/state"
@@ -56,6 +57,8 @@ type Deps struct {
 	Mesh         *tunnel.Mesh
 	// Recordings is where recordings end up, lent to readers.
 	Recordings recording.Store
+	// EventLog is this node's part in making the event log verifiable.
+	EventLog *eventlog.Service
 	// Authenticate says who sends a request with this body, and returns the
 	// proof that another node can check again. relayed says that a node of the
 	// cluster handed the request on.
@@ -133,6 +136,8 @@ func (s *Server) routes() {
 	change("POST /v1/revocations/{id}/undo", policy.Revoke, s.undo)
 	read("GET /v1/recordings", policy.RecordingsRead, s.listObjects)
 	read("GET /v1/recordings/object", policy.RecordingsRead, s.getObject)
+	read("GET /v1/log", policy.EventsRead, s.listLog)
+	read("GET /v1/log/object", policy.EventsRead, s.getLog)
 	s.public.HandleFunc("POST /v1/cluster/join", s.join)
 	s.public.HandleFunc("POST /v1/signals/logout", s.logout)
 	s.public.HandleFunc("POST /v1/signals/events", s.securityEvent)
@@ -146,6 +151,7 @@ func (s *Server) routes() {
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
 	s.mesh.HandleFunc("POST /mesh/v1/fence", s.meshFence)
 	s.mesh.HandleFunc("POST /mesh/v1/leave", s.meshLeave)
+	s.mesh.HandleFunc("POST /mesh/v1/cosign", s.meshCosign)
 }
 
 // Handler serves clients.

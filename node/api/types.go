@@ -3,6 +3,7 @@ package api
 import (
 	"time"
 
+	"github.com/sallyport/sallyport/node/eventlog"
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
@@ -50,6 +51,8 @@ type NodeStatus struct {
 	Sessions     int       `json:"sessions"`
 	Spool        Spool     `json:"spool,omitzero"`
 	Dev          bool      `json:"dev,omitempty"`
+	// EventLog tells how far the event log is vouched for, and exported.
+	EventLog eventlog.Status `json:"event_log,omitzero"`
 	// Targets tells, by name, whether the administrative login works ("ok" or why not).
 	Targets map[string]string `json:"targets,omitempty"`
 }

@@ -664,6 +664,9 @@ func (s *Service) signer() (crypto.Signer, error) {
 // Settled returns nil when the newest checkpoint knows who the voters are now.
 // Voters that leave are to wait for it: see tlog.Members.CheckNote.
 func (s *Service) Settled() error {
+	if s.o.FeatureLevel() < event.Needs(event.TypeCheckpoint, 1) {
+		return nil // there are none, and nobody waits for them
+	}
 	now := s.membersAt(s.tree.Size()).Voters
 	s.mu.Lock()
 	defer s.mu.Unlock()
