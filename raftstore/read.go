@@ -13,7 +13,9 @@ import (
 
 // begin holds the databases open until end; it fails once the store is closed.
 func (s *Store) begin() (end func(), err error) {
-	s.use.RLock()
+	if !s.use.TryRLock() { // Close waits for the lock or has it
+		return nil, ErrClosed
+	}
 	if s.use.closed {
 		s.use.RUnlock()
 		return nil, ErrClosed

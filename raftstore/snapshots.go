@@ -94,6 +94,9 @@ func newSnapshotStore(fs vfs.FS, dir string, log *slog.Logger, state *fsm.FSM, l
 	s := &snapshotStore{fs: fs, dir: fs.PathJoin(dir, snapshotsDir), log: log, state: state, logs: logs, fail: fail}
 	err := fs.MkdirAll(s.dir, 0o700)
 	if err == nil {
+		err = syncDir(fs, dir)
+	}
+	if err == nil {
 		err = s.clean()
 	}
 	if err != nil {

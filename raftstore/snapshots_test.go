@@ -48,7 +48,7 @@ func mustCache(t *testing.T, s raft.LogStore) boundaryLog {
 
 func mustSnapshots(t *testing.T, fs vfs.FS, state *fsm.FSM, logs raft.LogStore) *snapshotStore {
 	t.Helper()
-	s, err := newSnapshotStore(fs, "", slog.New(slog.DiscardHandler), state, logs, func(err error) { t.Error(err) })
+	s, err := newSnapshotStore(fs, "/", slog.New(slog.DiscardHandler), state, logs, func(err error) { t.Error(err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func TestOwnSnapshot(t *testing.T) {
 	if h, err := fsm.SnapshotHead(bytes.NewReader(b)); err != nil || h.Applied != 7 {
 		t.Fatalf("%+v %v", h, err)
 	}
-	names, err := fs.List("snapshots")
+	names, err := fs.List("/snapshots")
 	if err != nil || len(names) != 2 {
 		t.Fatalf("%v %v", names, err)
 	}
@@ -307,7 +307,7 @@ func TestSnapshotRefused(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s was taken", name)
 		}
-		if names, _ := fs.List("snapshots"); len(names) != 0 {
+		if names, _ := fs.List("/snapshots"); len(names) != 0 {
 			t.Errorf("%s left %v", name, names)
 		}
 	}
@@ -332,7 +332,7 @@ func TestSnapshotRefused(t *testing.T) {
 	if err := sink.Close(); err != nil {
 		t.Fatal(err)
 	}
-	path := fs.PathJoin("snapshots", sink.ID(), tablesName, "000000.sst")
+	path := fs.PathJoin("/snapshots", sink.ID(), tablesName, "000000.sst")
 	flip(t, fs, path, 100)
 	_, rc, err := snaps.Open(sink.ID())
 	if err != nil {

@@ -193,7 +193,11 @@ func Open(cfg Config) (_ *Store, err error) {
 	s.fatal.c = make(chan struct{})
 	s.ask = newConfirmer(s)
 	fs := cfg.seams.fs
-	if err := fs.MkdirAll(cfg.Dir, 0o700); err != nil {
+	err = fs.MkdirAll(cfg.Dir, 0o700)
+	if err == nil {
+		err = syncDir(fs, fs.PathDir(cfg.Dir)) // what is acknowledged must not vanish with its directory
+	}
+	if err != nil {
 		return nil, fmt.Errorf("open the event store: %w", err)
 	}
 	shared := disk.NewShared(cacheBytes, maxOpenTables)

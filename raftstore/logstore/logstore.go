@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -79,10 +78,10 @@ type Store struct {
 	stored      atomic.Uint64 // commit index on disk
 	busySince   atomic.Int64  // when the running StoreLogs began, ns of the monotonic clock plus one; 0 when idle
 
-	mu struct {
-		sync.Mutex        // held over writes
-		voteTerm   []byte // LastVoteTerm waiting for its LastVoteCand
-	}
+	// writing is held over writes. It is a channel and no mutex so that a
+	// simulated clock goes on while someone waits for a write.
+	writing  chan struct{}
+	voteTerm []byte // LastVoteTerm waiting for its LastVoteCand; held: writing
 }
 
 var (
@@ -127,7 +126,7 @@ func Open(cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the raft log: %w", err)
 	}
-	s := &Store{db: db, logger: l, committed: cfg.Committed}
+	s := &Store{db: db, logger: l, committed: cfg.Committed, writing: make(chan struct{}, 1)}
 	if err := s.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("read the raft log: %w", err), db.Close())
 	}
@@ -266,8 +265,8 @@ func (s *Store) StoreLogs(logs []*raft.Log) error {
 	if len(logs) == 0 {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.writing <- struct{}{}
+	defer func() { <-s.writing }()
 	s.busySince.Store(int64(monotonic()) + 1)
 	defer s.busySince.Store(0)
 
@@ -331,8 +330,8 @@ func (s *Store) DeleteRange(lo, hi uint64) error {
 	if lo > hi {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.writing <- struct{}{}
+	defer func() { <-s.writing }()
 	end := []byte{prefixLog + 1}
 	if hi != ^uint64(0) {
 		end = logKey(hi + 1)
@@ -436,16 +435,16 @@ func (s *Store) GetCommitIndex() (uint64, error) {
 
 // Set stores a value durably. LastVoteTerm waits for LastVoteCand.
 func (s *Store) Set(key, value []byte) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.writing <- struct{}{}
+	defer func() { <-s.writing }()
 	if string(key) == keyLastVoteTerm {
-		s.mu.voteTerm = append([]byte(nil), value...)
+		s.voteTerm = append([]byte(nil), value...)
 		return nil
 	}
 	b := s.db.NewBatch()
 	defer b.Close()
-	if string(key) == keyLastVoteCand && s.mu.voteTerm != nil {
-		if err := b.Set(stableKey([]byte(keyLastVoteTerm)), s.mu.voteTerm, nil); err != nil {
+	if string(key) == keyLastVoteCand && s.voteTerm != nil {
+		if err := b.Set(stableKey([]byte(keyLastVoteTerm)), s.voteTerm, nil); err != nil {
 			return fmt.Errorf("store %s: %w", key, err)
 		}
 	}
@@ -456,7 +455,7 @@ func (s *Store) Set(key, value []byte) error {
 		return fmt.Errorf("store %s: %w", key, err)
 	}
 	if string(key) == keyLastVoteCand {
-		s.mu.voteTerm = nil
+		s.voteTerm = nil
 	}
 	return nil
 }

@@ -25,9 +25,9 @@ const (
 	// maxRaftPeers bounds how many different nodes may call us in one life of
 	// the process; a cluster has at most nine voters at a time.
 	maxRaftPeers = 256
-	// diskStall is how long our own log write may hang before we stop acting
+	// DiskStall is how long our own log write may hang before we stop acting
 	// as leader: below the 3 s in which the others are to have a new one.
-	diskStall = time.Second
+	DiskStall = time.Second
 )
 
 // ErrDiskStalled refuses to send: a leader whose own disk hangs must lose its
@@ -246,14 +246,22 @@ func (t *Raft) onHeartbeat(in *inbound, rpc raft.RPC) {
 	}
 	r, fast := t.raft.Load(), t.heartbeat.Load()
 	q, ok := rpc.Command.(*raft.AppendEntriesRequest)
-	if r != nil && fast != nil && ok && r.State() == raft.Follower && q.Term == r.CurrentTerm() {
-		addr, id := r.LeaderWithID()
-		if string(id) == in.peer && addr == t.DecodePeer(q.Addr) {
-			(*fast)(rpc)
-			return
-		}
+	if r != nil && fast != nil && ok && Passive(r, in.peer, t.DecodePeer(q.Addr), q) {
+		(*fast)(rpc)
+		return
 	}
 	t.forward(rpc)
+}
+
+// Passive tells whether a heartbeat from the server named peer, at addr, can
+// change nothing at r but the time of contact: same term, same leader, and r
+// follows.
+func Passive(r *raft.Raft, peer string, addr raft.ServerAddress, q *raft.AppendEntriesRequest) bool {
+	if r.State() != raft.Follower || q.Term != r.CurrentTerm() {
+		return false
+	}
+	leader, id := r.LeaderWithID()
+	return string(id) == peer && leader == addr
 }
 
 // Consumer gives raft the calls.
@@ -282,7 +290,7 @@ func (t *Raft) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.Ap
 
 // AppendEntries sends entries or a heartbeat, unless our disk hangs.
 func (t *Raft) AppendEntries(id raft.ServerID, a raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
-	if t.cfg.LogBusy() > diskStall {
+	if t.cfg.LogBusy() > DiskStall {
 		return ErrDiskStalled
 	}
 	return t.out.AppendEntries(id, target(id, a), q, p)
