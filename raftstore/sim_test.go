@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -22,6 +21,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/fsm"
 	"github.com/sallyport/sallyport/raftstore/logstore"
 	"github.com/sallyport/sallyport/raftstore/transport"
 )
@@ -57,14 +57,17 @@ type sim struct {
 	// Mutations; none in the product.
 	forgetVotes bool
 
+	kinds []int // of faults; nil for all
+
 	mu struct {
 		sync.Mutex
 		chains map[uint64][32]byte // of each event, as first seen anywhere (I5, I6)
 		acked  map[event.ID]uint64 // event number of what was acknowledged (I4, I8)
 	}
-	stop chan struct{}
-	wg   sync.WaitGroup
-	n    struct{ appends, unknown, restarts int }
+	quiet atomic.Bool // clients rest
+	stop  chan struct{}
+	wg    sync.WaitGroup
+	n     struct{ appends, unknown, restarts int }
 }
 
 func newSim(t *testing.T, seed uint64) *sim {
@@ -273,7 +276,7 @@ func (s *sim) client(seed uint64) {
 			}
 			n := s.nodes[rng.IntN(len(s.nodes))]
 			st := n.storeNow(s)
-			if st == nil || !st.IsLeader() {
+			if s.quiet.Load() || st == nil || !st.IsLeader() {
 				continue
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
@@ -345,8 +348,17 @@ func (s *sim) fault() string {
 	}
 	f := others[s.rng.IntN(len(others))]
 	pause := func(least, most time.Duration) { time.Sleep(least + time.Duration(s.rng.Int64N(int64(most-least)))) }
-	unsynced := []int{0, 50, 100}[s.rng.IntN(3)]
+	unsynced := 0
+	switch s.rng.IntN(16) {
+	case 0: // rarely: Pebble looks long for flipped bits at each torn end
+		unsynced = 50
+	case 1, 2, 3, 4, 5, 6, 7:
+		unsynced = 100
+	}
 	kind := s.rng.IntN(12)
+	if s.kinds != nil {
+		kind = s.kinds[s.rng.IntN(len(s.kinds))]
+	}
 	switch kind {
 	case 0, 1, 2:
 		s.crash(l, unsynced)
@@ -387,23 +399,34 @@ func (s *sim) fault() string {
 		pause(time.Second, 5*time.Second)
 		return "leader's disk hung"
 	case 9:
-		// Only the new leader's heartbeats reach the old one (#695).
+		// Only the new leader's heartbeats reach the old one, which does not
+		// notice that it is cut off (#695).
+		if l = s.sleepyLeader(l); l == nil {
+			return "no sleepy leader"
+		}
+		others = slices.DeleteFunc(slices.Clone(s.nodes), func(n *simNode) bool { return n == l })
+		s.quiet.Store(true) // entries nobody else has would be found to differ, and hide it
+		defer s.quiet.Store(false)
+		time.Sleep(3 * time.Second)
 		for _, n := range others {
 			s.block(l, n)
 			s.block(n, l)
 		}
-		if b := s.leader(10*time.Second, l); b != nil {
-			s.net.mu.Lock()
-			delete(s.net.cut, [2]string{b.id, l.id})
-			delete(s.net.cut, [2]string{l.id, b.id})
-			s.net.onlyHeartbeats[[2]string{b.id, l.id}] = true
-			s.net.mu.Unlock()
-			for range 20 {
-				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
-				l.store.Append(ctx, event.Proposal{ID: event.ID{1, byte(s.rng.Uint32()), byte(s.rng.Uint32()), byte(s.rng.Uint32())}, Type: event.TypeRevoked, Version: 1, Aggregate: "deposed", Expect: event.Any})
-				cancel()
-			}
+		b := s.leader(10*time.Second, l)
+		if b == nil {
+			return "no other leader"
 		}
+		s.net.mu.Lock()
+		delete(s.net.cut, [2]string{b.id, l.id})
+		delete(s.net.cut, [2]string{l.id, b.id})
+		s.net.onlyHeartbeats[[2]string{b.id, l.id}] = true
+		s.net.mu.Unlock()
+		old, next := l.store.raft.Load(), b.store.raft.Load()
+		for end := time.Now().Add(time.Second); old.CurrentTerm() < next.CurrentTerm() && time.Now().Before(end); {
+			time.Sleep(100 * time.Microsecond)
+		}
+		s.late(l)
+		time.Sleep(50 * time.Millisecond)
 		return "heartbeats only"
 	case 10:
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -423,6 +446,42 @@ func (s *sim) fault() string {
 		cancel()
 		return "leadership transferred"
 	}
+}
+
+// sleepyLeader makes a node that does not notice silence the leader, if there
+// is one.
+func (s *sim) sleepyLeader(l *simNode) *simNode {
+	i := slices.IndexFunc(s.nodes, func(n *simNode) bool { return n.sleepy > 1 })
+	if i < 0 {
+		return nil
+	}
+	want := s.nodes[i]
+	for range 10 {
+		if l == want || l == nil {
+			return l
+		}
+		l.store.raft.Load().LeadershipTransferToServer(raft.ServerID(want.id), raft.ServerAddress(want.id)).Error()
+		l = s.leader(20 * time.Second)
+	}
+	return nil
+}
+
+// late is an Append that saw that n leads a moment before it ceased to.
+func (s *sim) late(n *simNode) {
+	h := n.store.state.Head()
+	p := event.Proposal{Type: event.TypeRevoked, Version: 1, Aggregate: "deposed", Expect: event.Any}
+	for j := range p.ID {
+		p.ID[j] = byte(s.rng.Uint32())
+	}
+	b, err := p.Marshal()
+	if err == nil {
+		c := fsm.Command{TimeNanos: 1, Seq: h.Seq, Chain: h.Chain, Proposals: [][]byte{b}}
+		b, err = c.Marshal()
+	}
+	if err != nil {
+		s.net.fail("a command: %v", err)
+	}
+	n.store.raft.Load().Apply(b, time.Second)
 }
 
 func (s *sim) block(from, to *simNode) {
@@ -559,7 +618,10 @@ func TestSimulation(t *testing.T) {
 	for ; time.Since(began) < budget; sims++ {
 		s := simulate(t, seed+uint64(sims), 60, func(s *sim) {
 			if s.rng.IntN(2) == 0 {
-				s.nodes[s.rng.IntN(simNodes)].sleepy = 4
+				s.nodes[s.rng.IntN(simNodes)].sleepy = 10
+			}
+			if sims%2 == 0 { // without crashes, which cost most of the time
+				s.kinds = []int{5, 5, 6, 7, 8, 9, 11, 11}
 			}
 		})
 		if b := s.broke(); len(b) > 0 {
@@ -580,9 +642,8 @@ func TestSimulationFinds(t *testing.T) {
 	for name, prepare := range map[string]func(*sim){
 		"raft's own heartbeat path (#695)": func(s *sim) {
 			s.net.rawHeartbeats = true
-			for _, n := range s.nodes {
-				n.sleepy = 4
-			}
+			s.nodes[1].sleepy = 10
+			s.kinds = []int{9}
 		},
 		"votes kept in memory": func(s *sim) { s.forgetVotes = true },
 	} {
@@ -599,5 +660,3 @@ func TestSimulationFinds(t *testing.T) {
 		})
 	}
 }
-
-var _ = errors.New
