@@ -69,6 +69,9 @@ const (
 	snapshotInterval  = 120 * time.Second
 	snapshotThreshold = 16384
 	trailingLogs      = 20480
+	// transferPause is longer than a call to a dead peer and raft's longest
+	// pause between two calls to it take together.
+	transferPause = 30 * time.Second
 	// cacheBytes and maxOpenTables are for both databases together.
 	cacheBytes    = 64 << 20
 	maxOpenTables = 512
@@ -163,6 +166,10 @@ type Store struct {
 	// then the supervisor alone, then Close.
 	part atomic.Pointer[part]
 
+	transfer struct {
+		sync.Mutex // held over a transfer
+		failed     time.Time
+	}
 	fatal struct {
 		once sync.Once
 		c    chan struct{} // closed when err is set
@@ -530,8 +537,26 @@ func (s *Store) Remove(ctx context.Context, id string) error {
 }
 
 // TransferLeadership makes the most advanced other voter the leader. Leader only.
+//
+// After one that failed it refuses another for transferPause: raft asks the
+// target's replication to catch up, over a channel that holds one request. Two
+// of them unanswered when leadership is lost, and raft never again takes an
+// Append on this node: the goroutine that would end the transfer hangs (v1.8.0,
+// raft.go leadershipTransfer). By then the first was answered.
 func (s *Store) TransferLeadership(ctx context.Context) error {
-	return s.await(ctx, func(r *raft.Raft) raft.Future { return r.LeadershipTransfer() })
+	if !s.transfer.TryLock() {
+		return errors.New("leadership is being transferred already")
+	}
+	defer s.transfer.Unlock()
+	if wait := transferPause - time.Since(s.transfer.failed); !s.transfer.failed.IsZero() && wait > 0 {
+		return fmt.Errorf("a transfer of leadership failed just now; try again in %v", wait.Round(time.Second))
+	}
+	err := s.await(ctx, func(r *raft.Raft) raft.Future { return r.LeadershipTransfer() })
+	var not *NotLeaderError
+	if err != nil && !errors.As(err, &not) {
+		s.transfer.failed = time.Now()
+	}
+	return err
 }
 
 // Snapshot takes a snapshot now, whatever the threshold, and shortens the log.

@@ -383,8 +383,8 @@ func (s *Store) BeginRaft(term uint64) error {
 	if err != nil && !errors.Is(err, errNotFound) {
 		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.writing <- struct{}{}
+	defer func() { <-s.writing }()
 	b := s.db.NewBatch()
 	defer b.Close()
 	err = b.Set(raftKey, []byte{1}, nil)
@@ -401,8 +401,8 @@ func (s *Store) BeginRaft(term uint64) error {
 // has no part in Raft. Term and vote stay: they are promises to others. Nobody
 // may use the log meanwhile.
 func (s *Store) Wipe() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.writing <- struct{}{}
+	defer func() { <-s.writing }()
 	b := s.db.NewBatch()
 	defer b.Close()
 	err := errors.Join(
