@@ -49,10 +49,15 @@ func (n *Node) newEnv() *protocols.Env {
 // that this node has folded it, before its sessions are cut.
 func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
 	v := n.state.View()
+	return decideAt(v, n.cfg.Name, req), v.ConfigIndex
+}
+
+// decideAt is what a node decides by a view.
+func decideAt(v *state.View, node string, req *policy.Request) policy.Decision {
 	var d policy.Decision
-	b := state.BearerOf(req.Subject).At(n.cfg.Name, targetOf(req.Pairs))
+	b := state.BearerOf(req.Subject).At(node, targetOf(req.Pairs))
 	if rev := v.Refuses(&b); rev != nil {
-		return policy.Decision{Rule: "revocation/" + rev.ID, Reason: rev.Why()}, v.ConfigIndex
+		return policy.Decision{Rule: "revocation/" + rev.ID, Reason: rev.Why()}
 	}
 	if v.Config != nil {
 		d = v.Config.Policies.Decide(req)
@@ -63,9 +68,9 @@ func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
 		}
 	}
 	if d.Effect == policy.Refuse && d.Rule == "default-deny" && req.Subject.Provider == policy.BootstrapProvider && allAPI(req.Pairs) {
-		return policy.Decision{Effect: policy.Permit, Rule: "bootstrap-administrator"}, v.ConfigIndex
+		return policy.Decision{Effect: policy.Permit, Rule: "bootstrap-administrator"}
 	}
-	return d, v.ConfigIndex
+	return d
 }
 
 // targetOf is the target that pairs are about; of one statement's there is one.
@@ -89,7 +94,7 @@ func bearer(i session.Info) *state.Bearer {
 func allAPI(pairs []policy.Pair) bool {
 	for _, p := range pairs {
 		switch p.Action {
-		case policy.AdminApply, policy.AdminCluster, policy.Revoke, policy.RecordingsRead, policy.SessionsRead, policy.EventsRead, policy.ApprovalsRead, policy.StatusRead:
+		case policy.AdminApply, policy.AdminCluster, policy.Revoke, policy.RecordingsRead, policy.SessionsRead, policy.EventsRead, policy.ApprovalsRead, policy.StatusRead, policy.StateRead, policy.PolicyExplain:
 		default:
 			return false
 		}
@@ -402,7 +407,7 @@ func (n *Node) verifyProof(ctx context.Context, p *identity.Proof, o identity.Pr
 func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
 		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings, EventLog: n.eventLog,
-		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide,
+		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide, DecideAt: decideAt, Analyze: n.analyze,
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,

@@ -20,6 +20,8 @@ const (
 	EventsRead     Action = "events:read"     // follow the event log
 	ApprovalsRead  Action = "approvals:read"  // list and show approval requests
 	StatusRead     Action = "status:read"     // see the state of the cluster
+	StateRead      Action = "state:read"      // see what the cluster had agreed on at a past index
+	PolicyExplain  Action = "policy:explain"  // ask what is decided for somebody, now or at a past index
 )
 
 // Actions on PostgreSQL, one for each kind of statement. A statement that does
@@ -168,6 +170,8 @@ var catalogue = []ActionInfo{
 	{EventsRead, inAPIRead, onCluster, "follow the event log"},
 	{ApprovalsRead, inAPIRead, onTarget, "list and show approval requests"},
 	{StatusRead, inAPIRead, onCluster, "see nodes, leader and health"},
+	{StateRead, inAPIRead, onCluster, "see what the cluster had agreed on, now or at a past index"},
+	{PolicyExplain, inAPIRead, onCluster, "ask what is decided for somebody, now or at a past index, and why"},
 
 	{PostgresSelect, inRead, onRows, "SELECT, TABLE, VALUES over a table, RETURNING"},
 	{PostgresCopyTo, inRead, onCopy, "COPY … TO STDOUT"},

@@ -76,7 +76,7 @@ not see, records everything, and cuts access at once when told to.
 A first look:  sallyport demo
 A cluster:     sallyport cluster init, sallyport serve, sallyport cluster join
 Its rules:     sallyport apply -f DIR
-What goes on:  sallyport status, sessions list, events tail, recordings list`,
+What goes on:  sallyport status, sessions list, events list, recordings list`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version,
@@ -98,7 +98,7 @@ What goes on:  sallyport status, sessions list, events tail, recordings list`,
 	}
 	add("run", serveCommand(), clusterCommand(f), applyCommand(f), targetsCommand(f), doctorCommand(f))
 	add("use", loginCommand(f), whoamiCommand(f), approvalsCommand(f), revokeCommand(f), revocationsCommand(f))
-	add("see", statusCommand(f), sessionsCommand(f), eventsCommand(f), recordingsCommand(f))
+	add("see", statusCommand(f), sessionsCommand(f), eventsCommand(f), stateCommand(f), policyCommand(f), recordingsCommand(f))
 	add("try", demoCommand(), devIssuerCommand())
 	return root
 }

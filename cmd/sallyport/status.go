@@ -105,11 +105,13 @@ func sessionsCommand(f *clientFlags) *cobra.Command {
 }
 
 func eventsCommand(f *clientFlags) *cobra.Command {
-	c := &cobra.Command{Use: "events", Short: "Follow and verify the cluster's event log"}
+	c := &cobra.Command{Use: "events", Short: "Read, follow and verify the cluster's event log"}
 	var from uint64
 	var follow bool
+	var typ, aggregate string
 	tail := &cobra.Command{
-		Use: "tail", Short: "Print events, oldest first; with --follow wait for more", Args: noArgs,
+		Use: "list", Aliases: []string{"tail"}, Short: "Print events, oldest first; with --follow wait for more", Args: noArgs,
+		Example: "  sallyport events list --from 100 --type revocation.made\n  sallyport events list --follow --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cl, err := f.client()
 			if err != nil {
@@ -128,7 +130,9 @@ func eventsCommand(f *clientFlags) *cobra.Command {
 					return err
 				}
 				for _, e := range events {
-					printEvent(cmd, f.json, e)
+					if (typ == "" || typ == e.Type) && (aggregate == "" || aggregate == e.Aggregate) {
+						printEvent(cmd, f.json, e)
+					}
 					from = e.Seq + 1
 				}
 				if len(events) == 0 && !follow {
@@ -139,7 +143,9 @@ func eventsCommand(f *clientFlags) *cobra.Command {
 	}
 	tail.Flags().Uint64Var(&from, "from", 1, "number of the first event to print")
 	tail.Flags().BoolVarP(&follow, "follow", "f", false, "go on as events come")
-	c.AddCommand(tail, eventsVerify(f), eventsProve(f))
+	tail.Flags().StringVar(&typ, "type", "", "only events of this type, such as config.applied")
+	tail.Flags().StringVar(&aggregate, "aggregate", "", "only events of this aggregate, such as node/n1")
+	c.AddCommand(tail, showEventCommand(f), eventsVerify(f), eventsProve(f))
 	return c
 }
 

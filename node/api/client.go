@@ -150,6 +150,22 @@ func (c *Client) Events(ctx context.Context, from uint64, wait time.Duration) ([
 	return *v, nil
 }
 
+// Event returns one event.
+func (c *Client) Event(ctx context.Context, seq uint64) (*EventInfo, error) {
+	return call[EventInfo](ctx, c, http.MethodGet, "/v1/events/"+strconv.FormatUint(seq, 10), nil)
+}
+
+// StateAt says what the cluster had agreed on at a Raft index or a time (RFC
+// 3339), "" for now.
+func (c *Client) StateAt(ctx context.Context, at string) (*StateAt, error) {
+	return call[StateAt](ctx, c, http.MethodGet, "/v1/state?"+url.Values{"at": {at}}.Encode(), nil)
+}
+
+// Explain asks what is or was decided for somebody, and why.
+func (c *Client) Explain(ctx context.Context, in *ExplainRequest) (*Explanation, error) {
+	return call[Explanation](ctx, c, http.MethodPost, "/v1/policy/explain", in)
+}
+
 // Config downloads the applied configuration.
 func (c *Client) Config(ctx context.Context) (*ConfigDownload, error) {
 	return call[ConfigDownload](ctx, c, http.MethodGet, "/v1/config", nil)

@@ -69,6 +69,11 @@ type Deps struct {
 	Decide func(req *policy.Request) (policy.Decision, uint64)
 	// LogoutToken and SecurityEvent verify an identity provider's signals.
 	LogoutToken, SecurityEvent func(ctx context.Context, token string) ([]identity.Signal, error)
+	// DecideAt is what a node would decide by a view of the past.
+	DecideAt func(v *state.View, node string, req *policy.Request) policy.Decision
+	// Analyze says what a statement does, by the target's catalogue as it is
+	// now; problem is why it is refused whatever policy says.
+	Analyze func(ctx context.Context, v *state.View, subject *policy.Subject, in *ExplainRequest) (pairs []policy.Pair, problem *protocols.Refusal, err error)
 	// VerifyToken checks a caller's token that another node passes on.
 	VerifyToken func(ctx context.Context, token string) (*policy.Subject, error)
 	// Seal encrypts to the voters and the nodes named; name binds the secret to its
@@ -100,13 +105,14 @@ type Deps struct {
 type Server struct {
 	Deps
 	large  chan struct{}  // places for large bodies
+	past   chan struct{}  // places for questions about the past
 	public *http.ServeMux // for clients, and for other nodes that hand a call on
 	mesh   *http.ServeMux // for other nodes only
 }
 
 // NewServer returns a Server.
 func NewServer(d Deps) *Server {
-	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), public: http.NewServeMux(), mesh: http.NewServeMux()}
+	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), past: make(chan struct{}, maxPast), public: http.NewServeMux(), mesh: http.NewServeMux()}
 	s.routes()
 	return s
 }
@@ -123,6 +129,9 @@ func (s *Server) routes() {
 	read("GET /v1/status", policy.StatusRead, s.status)
 	read("GET /v1/sessions", policy.SessionsRead, s.sessions)
 	read("GET /v1/events", policy.EventsRead, s.events)
+	read("GET /v1/events/{seq}", policy.EventsRead, s.showEvent)
+	read("GET /v1/state", policy.StateRead, s.stateAt)
+	read("POST /v1/policy/explain", policy.PolicyExplain, s.explain)
 	read("GET /v1/config", policy.StatusRead, s.config)
 	change("POST /v1/config", policy.AdminApply, s.apply)
 	change("POST /v1/cluster/tokens", policy.AdminCluster, s.makeToken)

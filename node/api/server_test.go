@@ -68,7 +68,7 @@ func newRig(t *testing.T) *rig {
 			}
 			return r.subject, []byte("proof"), nil
 		},
-		Decide: r.decide,
+		Decide: r.decide, DecideAt: judge,
 		Known: func(_ context.Context, req *http.Request) error {
 			if req.Header.Get("Authorization") == "" {
 				return errors.New("no credential")
@@ -126,6 +126,9 @@ var routes = []struct {
 	{"GET", "/v1/status", "", policy.StatusRead},
 	{"GET", "/v1/sessions", "", policy.SessionsRead},
 	{"GET", "/v1/events?from=1", "", policy.EventsRead},
+	{"GET", "/v1/events/1", "", policy.EventsRead},
+	{"GET", "/v1/state", "", policy.StateRead},
+	{"POST", "/v1/policy/explain", `{"subject":"ci/x","action":"status:read"}`, policy.PolicyExplain},
 	{"GET", "/v1/config", "", policy.StatusRead},
 	{"POST", "/v1/config", `{"files":[],"expect":0}`, policy.AdminApply},
 	{"POST", "/v1/cluster/tokens", `{}`, policy.AdminCluster},

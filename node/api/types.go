@@ -1,6 +1,7 @@
 package api
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/sallyport/sallyport/node/eventlog"
@@ -258,4 +259,108 @@ type Committed struct {
 	Seq   uint64    `json:"seq"`
 	Index uint64    `json:"index"`
 	Time  time.Time `json:"time"`
+}
+
+// StateAt is what the cluster had agreed on at a moment.
+type StateAt struct {
+	Seq          uint64           `json:"seq"`   // of the newest event then, 0 before the first
+	Index        uint64           `json:"index"` // and its Raft index
+	Time         time.Time        `json:"time"`  // what approvals' expiry is judged by
+	Cluster      string           `json:"cluster"`
+	FeatureLevel uint32           `json:"feature_level"`
+	Nodes        []MemberInfo     `json:"nodes"`
+	Removed      []string         `json:"removed,omitempty"`
+	ConfigIndex  uint64           `json:"config_index"`
+	ConfigDigest string           `json:"config_digest,omitempty"`
+	ConfigError  string           `json:"config_error,omitempty"`
+	Files        []string         `json:"files,omitempty"`
+	Targets      []string         `json:"targets,omitempty"`
+	Providers    []string         `json:"providers,omitempty"`
+	Revocations  []RevocationInfo `json:"revocations"` // in force
+	Approvals    []ApprovalInfo   `json:"approvals"`   // pending, or approved and not used
+}
+
+// MemberInfo is a member of the cluster.
+type MemberInfo struct {
+	Name string `json:"name"`
+	Addr string `json:"addr"`
+	Role string `json:"role"`
+}
+
+// ExplainRequest asks what policy decided, or would have, at a moment. Who: a
+// token's claims, or a subject with groups and claims as a recording shows
+// them. What: a statement, or an action with its resource.
+type ExplainRequest struct {
+	At string `json:"at,omitempty"` // a Raft index, a time as in RFC 3339, "" for now
+
+	Token    json.RawMessage `json:"token,omitempty"`   // claims of a token: an object
+	Subject  string          `json:"subject,omitempty"` // provider/name
+	Kind     string          `json:"kind,omitempty"`    // User or Workload; default the provider's
+	Groups   []string        `json:"groups,omitempty"`
+	Claims   json.RawMessage `json:"claims,omitempty"`   // an object
+	IssuedAt time.Time       `json:"issued_at,omitzero"` // of the credential; default the moment
+	TokenID  string          `json:"token_id,omitempty"` // of the credential, for revocations of a token
+
+	Target        string   `json:"target,omitempty"`
+	Database      string   `json:"database,omitempty"`
+	Profile       string   `json:"profile,omitempty"`
+	Statement     string   `json:"statement,omitempty"`
+	Action        string   `json:"action,omitempty"`
+	Resource      []string `json:"resource,omitempty"` // within the database: schema, table or function, column
+	Client        string   `json:"client,omitempty"`   // IP address
+	Node          string   `json:"node,omitempty"`     // default the node that answers
+	Approved      []string `json:"approved,omitempty"` // approval rules held to be lifted
+	InTransaction bool     `json:"in_transaction,omitempty"`
+}
+
+// Explanation answers an ExplainRequest.
+type Explanation struct {
+	Seq          uint64         `json:"seq"`
+	Index        uint64         `json:"index"`
+	Time         time.Time      `json:"time"`
+	ConfigIndex  uint64         `json:"config_index"`
+	ConfigDigest string         `json:"config_digest,omitempty"`
+	Subject      string         `json:"subject"`
+	Kind         string         `json:"kind"`
+	Groups       []string       `json:"groups,omitempty"`
+	Claims       map[string]any `json:"claims,omitempty"`
+	Node         string         `json:"node"`
+
+	Verdict
+	// Connect is whether a session may be opened on the database; nil without a target.
+	Connect *Verdict        `json:"connect,omitempty"`
+	Pairs   []ExplainedPair `json:"pairs,omitempty"` // each by itself; all must be permitted
+	// Revocations are those in force that end what the subject stands for.
+	Revocations []RevocationInfo `json:"revocations"`
+	// Problem is the rule that refuses the statement before policy is asked.
+	Problem string `json:"problem,omitempty"`
+	// Catalogue is when the target's catalogue was read, by which names in the
+	// statement were resolved: catalogues of the past are not kept.
+	Catalogue time.Time `json:"catalogue,omitzero"`
+}
+
+// Verdict is a decision and the rule behind it.
+type Verdict struct {
+	Effect   string        `json:"effect"` // permit, hold, refuse
+	Rule     string        `json:"rule"`
+	Where    string        `json:"where,omitempty"` // file:line of the rule
+	Text     string        `json:"text,omitempty"`  // of the rule
+	Reason   string        `json:"reason,omitempty"`
+	Approval *ApprovalOwed `json:"approval,omitempty"`
+	Durable  bool          `json:"durable,omitempty"` // its record is synced before it is forwarded
+}
+
+// ApprovalOwed is what must be granted before a held operation runs.
+type ApprovalOwed struct {
+	Rules   []string `json:"rules"`
+	Groups  []string `json:"groups"`
+	Count   int      `json:"count"`
+	Expires string   `json:"expires"`
+}
+
+// ExplainedPair is one thing a statement does.
+type ExplainedPair struct {
+	Action   string `json:"action"`
+	Resource string `json:"resource"`
+	Verdict
 }

@@ -124,13 +124,18 @@ type Projection struct {
 func New(log *slog.Logger) *Projection {
 	p := &Projection{log: log}
 	p.mu.changed = make(chan struct{})
-	p.view.Store(&View{
+	p.view.Store(empty())
+	return p
+}
+
+// empty is the View before the first event.
+func empty() *View {
+	return &View{
 		FeatureLevel: event.BaseLevel,
 		Nodes:        map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
 		Approvals: map[string]*Approval{}, Revocations: map[string]*Revocation{},
 		Secrets: map[string]event.Sealed{}, Unfenced: map[string]*Revocation{}, scopes: map[event.Scope]standing{}, claims: map[string]bool{},
-	})
-	return p
+	}
 }
 
 // View returns the newest view. It never blocks.
