@@ -85,11 +85,16 @@ CHAOSBIN   := $(CACHE)/test/sallyport-chaos
 chaos-build: test-deps $(CACHE)/versitygw
 	@mkdir -p $(CACHE)/test
 	$(pure) go build -buildvcs=false -o $(CHAOS) ./chaos/run
-	$(pure) go build -buildvcs=false -tags chaos -o $(CHAOSBIN) ./cmd/sallyport
+	chaos/run/clock.sh $(CACHE)/test/clock
+	$(pure) go build -buildvcs=false -tags chaos -overlay $(CACHE)/test/clock/overlay.json -o $(CHAOSBIN) ./cmd/sallyport
 
 .PHONY: chaos
 chaos: chaos-build ## faults on real nodes under load, 10 minutes; SCENARIO=S3 SEED=… repeats one
 	$(CHAOS) -binary $(CHAOSBIN) -scenario $(SCENARIO) -seed $(SEED) -time $(CHAOSTIME)
+
+.PHONY: chaos-revoke
+chaos-revoke: chaos-build ## 10,000 revocations under faults: not a byte after a complete return; how long each takes
+	$(CHAOS) -binary $(CHAOSBIN) -scenario revoke -seed $(SEED)
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

@@ -61,9 +61,7 @@ type Options struct {
 type Place struct {
 	Host  string                // its address there
 	Start func(*exec.Cmd) error // starts a process there; nil means Cmd.Start
-	// Prepare, if not nil, may lay out the data directory before the first start.
-	Prepare func(dataDir string) error
-	Env     []string // further variables of the node
+	Env   func() []string       // further variables, asked for at each start; nil for none
 }
 
 // Cluster is a running installation. Its fields are constant, but for Nodes,
@@ -269,9 +267,6 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 		if token, err = c.CLI(ctx, c.AdminEnv(), "cluster", "token", "create"); err == nil {
 			_, err = c.CLI(ctx, nil, append([]string{"cluster", "join", "--token", strings.TrimSpace(token), "--server", c.running()[0].Addr}, settings...)...)
 		}
-	}
-	if err == nil && place.Prepare != nil {
-		err = place.Prepare(n.DataDir)
 	}
 	if err != nil {
 		return nil, err
@@ -572,7 +567,10 @@ func (n *Node) Start() error {
 		return fmt.Errorf("node %s is running", n.Name)
 	}
 	cmd := exec.Command(n.c.Binary, append([]string{"serve", "--data-dir", n.DataDir, "--dev"}, n.c.opts.ServeArgs...)...)
-	cmd.Env = append(append(n.c.cleanEnv(), n.c.opts.Env...), n.place.Env...)
+	cmd.Env = append(n.c.cleanEnv(), n.c.opts.Env...)
+	if n.place.Env != nil {
+		cmd.Env = append(cmd.Env, n.place.Env()...)
+	}
 	start := cmd.Start
 	if n.place.Start != nil {
 		start = func() error { return n.place.Start(cmd) }

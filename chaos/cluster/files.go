@@ -70,6 +70,44 @@ GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO app_rw;
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO app_rw;
 `
 
+// Rules is rules.cedar of the default files.
+const Rules = `@id("admins")
+permit (principal in Group::"sallyport-admins", action in [Action::"api", Action::"admin"], resource);
+
+@id("people-look")
+permit (principal in Group::"dba", action in Action::"api:read", resource);
+
+@id("dba-approve")
+permit (principal in Group::"dba", action == Action::"approve", resource);
+
+@id("security-revokes")
+permit (principal in Group::"security", action == Action::"revoke", resource);
+
+@id("ci-connect")
+permit (principal in Group::"ci", action == Action::"connect", resource);
+
+@id("ci-read")
+permit (principal in Group::"ci", action in [Action::"postgres:read", Action::"postgres:session"], resource);
+
+@id("main-write")
+permit (principal in Group::"ci-main", action in Action::"postgres:write", resource);
+
+@id("migrate-all")
+permit (principal in Group::"ci-migrate", action in [Action::"postgres:write", Action::"postgres:ddl"], resource);
+
+@id("no-drop-table")
+@reason("tables are dropped by the database team only")
+forbid (principal, action == Action::"postgres:drop_table", resource);
+
+@id("delete-needs-dba")
+@approval("dba")
+forbid (principal, action == Action::"postgres:delete", resource);
+`
+
+// ConnectRule is the one of Rules that lets jobs in.
+const ConnectRule = `@id("ci-connect")
+permit (principal in Group::"ci", action == Action::"connect", resource);`
+
 // defaultFiles is a configuration with one target, the trial issuer as CI
 // platform and as people's login, and rules for both.
 func (c *Cluster) defaultFiles(issuerCA []byte) map[string]string {
@@ -126,37 +164,6 @@ groupsClaim: groups
 claims: [email]
 personClaims: [email]
 `, c.issuer.URL(), AudienceCI, AudiencePeople),
-		"rules.cedar": `@id("admins")
-permit (principal in Group::"sallyport-admins", action in [Action::"api", Action::"admin"], resource);
-
-@id("people-look")
-permit (principal in Group::"dba", action in Action::"api:read", resource);
-
-@id("dba-approve")
-permit (principal in Group::"dba", action == Action::"approve", resource);
-
-@id("security-revokes")
-permit (principal in Group::"security", action == Action::"revoke", resource);
-
-@id("ci-connect")
-permit (principal in Group::"ci", action == Action::"connect", resource);
-
-@id("ci-read")
-permit (principal in Group::"ci", action in [Action::"postgres:read", Action::"postgres:session"], resource);
-
-@id("main-write")
-permit (principal in Group::"ci-main", action in Action::"postgres:write", resource);
-
-@id("migrate-all")
-permit (principal in Group::"ci-migrate", action in [Action::"postgres:write", Action::"postgres:ddl"], resource);
-
-@id("no-drop-table")
-@reason("tables are dropped by the database team only")
-forbid (principal, action == Action::"postgres:drop_table", resource);
-
-@id("delete-needs-dba")
-@approval("dba")
-forbid (principal, action == Action::"postgres:delete", resource);
-`,
+		"rules.cedar": Rules,
 	}
 }

@@ -46,7 +46,7 @@ GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA public TO app_rw;`
 
 // beaconSQL keeps both legs busy: a statement goes up every few hundredths of
 // a second, rows come down all the time.
-const beaconSQL = `SELECT repeat('x', 1000), pg_sleep(0.002) FROM generate_series(1, 15)`
+const beaconSQL = `SELECT repeat('x', 2000), pg_sleep(0.005) FROM generate_series(1, 8)`
 
 // load is what goes on while the nemesis works, and what it wrote down.
 type load struct {
@@ -137,7 +137,9 @@ func (l *load) run(beacons int) {
 	for range l.w.members() {
 		l.loop("writer", 0, l.writer)
 	}
-	l.loop("beacons", 50*time.Millisecond, func(ctx context.Context) { l.keepBeacons(ctx, beacons) })
+	if beacons > 0 {
+		l.loop("beacons", 50*time.Millisecond, func(ctx context.Context) { l.keepBeacons(ctx, beacons) })
+	}
 	l.loop("approval", 300*time.Millisecond, l.approval)
 	for range 2 {
 		l.loop("config", 700*time.Millisecond, l.config)
@@ -269,7 +271,11 @@ func (l *load) keepBeacons(ctx context.Context, n int) {
 		if !short {
 			return
 		}
-		b, err := l.beacon(ctx, l.somewhere(), l.name("b"), false)
+		up := l.w.up()
+		if len(up) == 0 {
+			return
+		}
+		b, err := l.beacon(ctx, up[rand.IntN(len(up))], l.name("b"), false)
 		if err != nil {
 			_ = sleep(ctx, 200*time.Millisecond)
 			return
@@ -377,6 +383,9 @@ func (l *load) take(n int) (out []*beacon) {
 
 // await returns when n beacons live.
 func (l *load) await(ctx context.Context, n int) error {
+	if l.w.flood.Load() {
+		return nil
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("no %d sessions within a minute", n))
 	defer cancel()
 	for {

@@ -30,6 +30,7 @@ type settings struct {
 	out      string
 	binary   string
 	beacons  int
+	revokes  int
 }
 
 // Main is the program: it starts itself again in a sandbox, plays, judges, and
@@ -38,12 +39,13 @@ func Main(args []string, stdout io.Writer) int {
 	var s settings
 	flags := flag.NewFlagSet("chaos", flag.ContinueOnError)
 	flags.SetOutput(stdout)
-	flags.StringVar(&s.scenario, "scenario", "mix", "mix, all, or names of docs/reliability.md with commas between")
+	flags.StringVar(&s.scenario, "scenario", "mix", "mix, revoke, smoke, all, or names of docs/reliability.md with commas between")
 	flags.Uint64Var(&s.seed, "seed", 0, "seed of what is by chance; 0 makes one up")
 	flags.DurationVar(&s.time, "time", 10*time.Minute, "length of the mix")
 	flags.StringVar(&s.out, "out", "", "directory for journals and nodes' logs; default a temporary one, kept when the run fails")
 	flags.StringVar(&s.binary, "binary", os.Getenv("SALLYPORT_BIN"), "sallyport, built with -tags chaos for scenarios with disk faults")
 	flags.IntVar(&s.beacons, "sessions", 8, "sessions to be revoked that are kept alive at a time")
+	flags.IntVar(&s.revokes, "revocations", 10_000, "how many the scenario revoke makes")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -101,7 +103,7 @@ func outside(s settings, stdout io.Writer) int {
 	for _, name := range names {
 		fmt.Fprintf(stdout, "chaos: scenario %s, seed %d\n", name, s.seed)
 		cmd := sandbox.Command(context.Background(), "/proc/self/exe", "-scenario="+name, "-seed="+strconv.FormatUint(s.seed, 10),
-			"-time="+s.time.String(), "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons))
+			"-time="+s.time.String(), "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons), "-revocations="+strconv.Itoa(s.revokes))
 		cmd.Stdout, cmd.Stderr = stdout, os.Stderr
 		if err := cmd.Run(); err != nil {
 			fmt.Fprintf(stdout, "chaos: %s FAILED (%v); again: make chaos SCENARIO=%s SEED=%d\n", name, err, name, s.seed)
@@ -151,6 +153,8 @@ func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 		sc.play = func(ctx context.Context, w *World) error { return mix(ctx, w, s.time) }
 	case "smoke":
 		sc.play = playSmoke
+	case "revoke":
+		sc.play = func(ctx context.Context, w *World) error { return playRevoke(ctx, w, s.revokes) }
 	default:
 		var err error
 		if sc, err = Find(name); err != nil {
@@ -160,16 +164,32 @@ func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 	if sc.Nodes > 0 {
 		o.nodes = sc.Nodes
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.time+10*time.Minute)
+	if sc.files != nil {
+		o.files = sc.files
+	}
+	var s3 *s3Server
+	if sc.S3 {
+		var err error
+		if s3, err = startS3(ctx, filepath.Join(o.out, "s3")); err != nil {
+			return err
+		}
+		defer s3.stop()
+		o.recordings = s3.url()
+	}
+	ctx, cancel := context.WithTimeout(ctx, max(s.time, revokeLimit)+15*time.Minute)
 	defer cancel()
 	w, err := newWorld(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer w.close()
+	w.s3 = s3
 	w.log.Printf("playing %s %s, seed %d", name, sc.Title, s.seed)
-	w.load.run(s.beacons)
-	if err = w.load.await(ctx, min(3, s.beacons)); err == nil {
+	if name != "revoke" { // which makes its own
+		w.load.run(s.beacons)
+		err = w.load.await(ctx, min(3, s.beacons))
+	}
+	if err == nil {
 		err = sc.play(ctx, w)
 	}
 	r, ferr := w.finish(ctx)

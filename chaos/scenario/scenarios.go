@@ -15,9 +15,10 @@ import (
 type Scenario struct {
 	Name  string
 	Title string
-	Nodes int  // default 3
-	S3    bool // recordings go to an S3 server
-	Hooks bool // needs a binary built with the tag chaos
+	Nodes int               // default 3
+	S3    bool              // recordings go to an S3 server
+	Hooks bool              // needs a binary built with the tag chaos
+	files map[string]string // of the configuration
 	play  func(context.Context, *World) error
 }
 
@@ -32,6 +33,11 @@ var Scenarios = []Scenario{
 	{Name: "S8", Title: "a cut that heals only from the new leader to the old one", play: playHealOneWay},
 	{Name: "S9", Title: "a link that flaps", play: playFlap},
 	{Name: "S10", Title: "clients that read nothing, full buffers, revocation, then they read", play: playDeaf},
+	{Name: "S11", Title: "the leader's disk hangs for 10 s", Hooks: true, play: playHungLeader},
+	{Name: "S12", Title: "a follower's disk hangs while another node is down", Hooks: true, play: playHungFollower},
+	{Name: "S13", Title: "syncs take 200 ms longer, on one node and on all", Hooks: true, play: playSlowDisk},
+	{Name: "S14", Title: "disk full: of the databases, and of the spool", play: playFullDisk},
+	{Name: "S18", Title: "wall clocks off by an hour, a clock of another boot", Hooks: true, play: playClock},
 	{Name: "S19", Title: "a node that gets 5 % of a processor", play: playStarve},
 	{Name: "S20", Title: "the cgroup freezer", play: playFreezer},
 	{Name: "S21", Title: "two revocations of one subject at two nodes", play: playTwice},
@@ -39,6 +45,8 @@ var Scenarios = []Scenario{
 	{Name: "S23", Title: "a join and a restart during revocations", play: playJoin},
 	{Name: "S24", Title: "all three nodes replaced, one by one", play: playReplace},
 	{Name: "S25", Title: "a rolling restart, leader first, under load", play: playRolling},
+	{Name: "S27", Title: "S3 down, slow, and lying about what it holds", S3: true, play: playS3},
+	{Name: "S28", Title: "quorum lost for 30 s, in each mode of revocation", files: modeRules, play: playNoQuorum},
 	{Name: "S29", Title: "200 ms round trips and 2 % loss", play: playSlow},
 }
 

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport/sallyport/chaos/cluster"
@@ -36,8 +37,10 @@ type World struct {
 	log  *log.Logger
 
 	hosts []*sandbox.Host // by node
+	flood atomic.Bool // sessions are revoked as soon as they are there: nobody waits for some
 	nodes []*node         // those that are or were members; AddNode adds
 	load  *load
+	s3    *s3Server // where the scenario wants one
 
 	mu      sync.Mutex
 	skipped map[string]string // faults that this machine cannot have -> why
@@ -51,6 +54,9 @@ type node struct {
 	host    *sandbox.Host
 	capture *sandbox.Capture
 	disk    string // file that controls its disk, where the binary has the hooks
+	// env and under are for its next start: further variables, and a program
+	// that starts it.
+	env, under []string
 
 	mu      sync.Mutex
 	stopped []interval // its process was not let run
@@ -68,8 +74,6 @@ type options struct {
 	binary     string
 	recordings string
 	files      map[string]string // of the configuration
-	prepare    func(i int, dataDir string) error
-	env        func(i int) []string
 	log        *log.Logger
 }
 
@@ -96,13 +100,18 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 		if err := forward(h, w.IssuerAddr()); err != nil {
 			return nil, err
 		}
-		p := &cluster.Place{Host: h.IP.String(), Start: func(cmd *exec.Cmd) error { return h.Do(cmd.Start) }}
-		if o.prepare != nil {
-			p.Prepare = func(dir string) error { return o.prepare(i, dir) }
-		}
-		p.Env = append(p.Env, "SALLYPORT_CHAOS_DISK="+w.diskFile(i))
-		if o.env != nil {
-			p.Env = append(p.Env, o.env(i)...)
+		p := &cluster.Place{Host: h.IP.String(), Start: func(cmd *exec.Cmd) error {
+			if i < len(w.nodes) && len(w.nodes[i].under) > 0 {
+				wrap(cmd, w.nodes[i].under)
+			}
+			return h.Do(cmd.Start)
+		}}
+		p.Env = func() []string {
+			env := []string{"SALLYPORT_CHAOS_DISK=" + w.diskFile(i)}
+			if i < len(w.nodes) { // not at the first start
+				env = append(env, w.nodes[i].env...)
+			}
+			return env
 		}
 		return p, nil
 	}
@@ -408,6 +417,14 @@ func (n *node) wasSilent(from, to time.Time) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return slices.ContainsFunc(n.silent, func(i interval) bool { return i.from.Before(from) && (i.to.IsZero() || i.to.After(to)) })
+}
+
+// wrap makes cmd be started by another program, which becomes it.
+func wrap(cmd *exec.Cmd, under []string) {
+	if path, err := exec.LookPath(under[0]); err == nil {
+		cmd.Args = append(append(slices.Clone(under), cmd.Path), cmd.Args[1:]...)
+		cmd.Path = path
+	}
 }
 
 // forward makes addr on the host's loopback lead to addr on ours.
