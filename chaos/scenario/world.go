@@ -37,7 +37,7 @@ type World struct {
 	log  *log.Logger
 
 	hosts []*sandbox.Host // by node
-	flood atomic.Bool // sessions are revoked as soon as they are there: nobody waits for some
+	flood atomic.Bool     // sessions are revoked as soon as they are there: nobody waits for some
 	nodes []*node         // those that are or were members; AddNode adds
 	load  *load
 	s3    *s3Server // where the scenario wants one
