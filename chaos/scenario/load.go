@@ -89,7 +89,8 @@ type beacon struct {
 	flows   map[string]sandbox.Flow // by leg
 	hold    chan struct{}           // closed when it may read on; nil when it never held back
 	done    chan struct{}
-	err     error // why it ended; after done
+	err     error        // why it ended; after done
+	judged  atomic.Int32 // revocations of it that are not judged yet
 }
 
 // revoked is the answer of revoke, as far as it matters here.
@@ -410,12 +411,14 @@ func (l *load) await(ctx context.Context, n int) error {
 // It reports whether the answer was complete.
 func (l *load) revoke(ctx context.Context, b *beacon, via *node) (bool, error) {
 	members := l.w.members()
+	b.judged.Add(1)
 	called := time.Now()
 	info, err := revoke(ctx, l.w.admin(via), b.subject)
 	returned := time.Now()
 	op := check.Op{Object: b.subject, What: "revoke at " + via.Name, From: check.Any, To: "revoked", Call: called}
 	if err != nil {
 		l.op(op) // it may have been made, or be made later
+		b.judged.Add(-1)
 		l.count("revocations without an answer")
 		l.w.note("revoke", map[string]any{"subject": b.subject, "via": via.Name, "err": err.Error(), "took": returned.Sub(called).String()})
 		return false, err
@@ -472,7 +475,11 @@ func (l *load) judge(b *beacon, r check.Revocation) {
 			}
 			r.Late = append(r.Late, x)
 		}
-		b.node.capture.Forget(f)
+	}
+	if b.judged.Add(-1) == 0 {
+		for _, f := range b.flows {
+			b.node.capture.Forget(f)
+		}
 	}
 	l.w.note("revocation", r)
 	l.mu.Lock()

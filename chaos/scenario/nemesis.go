@@ -28,6 +28,13 @@ func (w *World) add(ctx context.Context) (*node, error) {
 
 // remove takes a node out of the cluster, through another.
 func (w *World) remove(ctx context.Context, n *node) error {
+	if l, err := w.leader(ctx); err != nil {
+		return err
+	} else if l == n { // a leader is asked to hand over first
+		if err := w.restart(ctx, n); err != nil {
+			return err
+		}
+	}
 	w.fault("%s is removed", n.Name)
 	var via *node
 	for _, m := range w.up() {
