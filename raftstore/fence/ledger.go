@@ -32,6 +32,7 @@ type tenant struct {
 	incarnation ID
 	level       uint8
 	fresh       bool  // its process had no lease when it connected
+	released    bool  // its process has given back what it had
 	renewed     int64 // newest renewal of this process that was granted in this term; 0 none
 	ghost       int64 // of earlier processes
 
@@ -110,7 +111,7 @@ func (l *ledger) connect(name string, f *frame) *link {
 	if t.incarnation != f.incarnation {
 		// Another process: what the earlier one acknowledged says nothing of
 		// this one, and what it holds may go on until it ends.
-		t.incarnation, t.fresh = f.incarnation, true
+		t.incarnation, t.fresh, t.released = f.incarnation, true, false
 		t.ghost, t.renewed = max(t.ghost, t.renewed), 0
 		t.quiet = 0
 		t.ahead, t.notes, t.order = nil, nil, nil
@@ -142,7 +143,7 @@ func (l *ledger) disconnect(k *link) {
 // bye takes a lease back from a node that forwards nothing any more.
 func (l *ledger) bye(k *link) {
 	if k.t.link == k {
-		k.t.renewed = 0
+		k.t.renewed, k.t.released = 0, true
 		l.disconnect(k)
 	}
 }
@@ -296,7 +297,9 @@ func (l *ledger) verdict(name string, seq uint64, limit time.Duration, now int64
 	if limit == Unbounded {
 		return Unconfirmed, 0, -1, why
 	}
-	ends = before
+	if !t.released || t.fresh {
+		ends = before
+	}
 	if last := max(t.renewed, t.ghost); last > 0 {
 		ends = max(ends, l.end(last, limit, limit))
 	}
