@@ -411,7 +411,7 @@ func (n *Node) apiDeps() api.Deps {
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,
-		Fence: n.fence, Leave: n.leave, LocalStatus: n.status, Audit: n.audit.call,
+		Fence: n.fence, Leave: n.leave, Release: n.members.release, Health: n.health, LocalStatus: n.status, Audit: n.audit.call,
 		Now: time.Now, Log: n.log,
 	}
 }
@@ -474,11 +474,12 @@ func (n *Node) fence(ctx context.Context, seq uint64) (event.NodeFenced, error) 
 // errRemoved stops a node that is taken out of the cluster.
 var errRemoved = errors.New("this node was removed from the cluster")
 
-// leave cuts all sessions, lets no new one in, and stops the node.
-func (n *Node) leave(ctx context.Context) {
-	now, cancel := context.WithCancel(ctx)
-	cancel()
-	n.sessions.Drain(now, &protocols.Refusal{Rule: "shutdown", Reason: "this node leaves the cluster: connect to another node", Code: "57P01"})
+// leave lets no new session in, those there are go on for drain, ends them, and
+// stops the node.
+func (n *Node) leave(ctx context.Context, drain time.Duration) {
+	dctx, cancel := context.WithTimeout(ctx, drain)
+	defer cancel()
+	n.sessions.Drain(dctx, &protocols.Refusal{Rule: "shutdown", Reason: "this node leaves the cluster: connect to another node", Code: "57P01"})
 	// The answer to the leader must still leave.
 	time.AfterFunc(time.Second, func() { n.fail(errRemoved) })
 }

@@ -86,6 +86,7 @@ type Node struct {
 	env        *protocols.Env
 	tokens     tokenKeep
 	features   features
+	members    *membership
 
 	nonces identity.Nonces // refuse signed requests that come to this node's door again
 
@@ -189,6 +190,8 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.store, err = raftstore.Open(raftstore.Config{
 		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
+		// Whoever joins subscribes first; members.run gives votes.
+		Subscribe: n.first == nil, Sources: n.sources,
 		HeldBack: n.features.list,
 		WALDir:   n.cfg.WALDir, WALFailoverDir: n.cfg.WALFailoverDir,
 	})
@@ -260,6 +263,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	n.fences = newFences(n.sessions, n.cfg.Name)
 	n.leases = n.newLeases(enforcer{n})
 	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
+	n.members = newMembership(n)
 	n.approvals = approval.New(approval.Env{
 		Node: n.cfg.Name, State: n.state, Propose: n.propose, Seal: n.sealHere, VerifyVote: n.verifyVote,
 		Decide: n.decide, Now: time.Now, Log: n.log,
@@ -296,10 +300,10 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("mesh", func(ctx context.Context) error { return n.mesh.Serve(ctx, n.api.MeshHandler()) })
 	run("leases", n.leases.run)
 	run("bootstrap", n.bootstrap)
-	run("announce", n.announce)
 	run("sweeper", n.targets.sweep)
 	run("contact", n.watchContact)
 	run("members", n.reconcileMembers)
+	run("voters", n.members.run)
 	run("feature level", n.raiseLevel)
 	run("secrets", n.keepSealed)
 
@@ -420,42 +424,6 @@ func (n *Node) bootstrap(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-	}
-}
-
-// announce tells the leader that this member runs, until it takes part in Raft.
-func (n *Node) announce(ctx context.Context) error {
-	for {
-		if members, err := n.store.Members(); err == nil {
-			for _, m := range members {
-				if m.ID == n.cfg.Name {
-					return nil
-				}
-			}
-		}
-		if n.first == nil {
-			n.announceOnce(ctx)
-		}
-		select {
-		case <-time.After(300 * time.Millisecond):
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-func (n *Node) announceOnce(ctx context.Context) {
-	for _, s := range n.seeds {
-		if s.Name == n.cfg.Name {
-			continue
-		}
-		actx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := n.api.Announce(actx, s.Name)
-		cancel()
-		if err == nil {
-			return
-		}
-		n.log.Debug("announcing this node", "to", s.Name, "err", err)
 	}
 }
 
@@ -585,6 +553,8 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 			if p, err := event.Decode[event.Revoked](e); err == nil && p.Ends().Kind == event.ScopeNode && p.Ends().Value != n.cfg.Name {
 				n.endpoint.Disconnect(p.Ends().Value)
 			}
+		case event.TypeNodeJoined, event.TypeVotersSet:
+			n.members.look()
 		case event.TypeNodeRemoved:
 			if p, err := event.Decode[event.NodeRemoved](e); err == nil {
 				if p.Name == n.cfg.Name {

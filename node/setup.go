@@ -202,7 +202,7 @@ func signNode(ca *pki.CA, v *vault.Vault, req *api.JoinRequest, cluster, role st
 			return event.NodeInfo{}, err
 		}
 	}
-	return event.NodeInfo{Name: req.Name, Addr: req.Addr, Role: role, Cert: cert, Recipient: req.Recipient, VaultWrap: wrap}, nil
+	return event.NodeInfo{Name: req.Name, Addr: req.Addr, Role: role, Cert: cert, Recipient: req.Recipient, VaultWrap: wrap, Zone: req.Zone}, nil
 }
 
 // JoinOptions say how to join a cluster.
@@ -235,7 +235,7 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err != nil {
 		return err
 	}
-	req := &api.JoinRequest{Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient(), FeatureLevel: event.Level}
+	req := &api.JoinRequest{Name: o.Config.Name, Addr: o.Config.Addr, CSR: csr, Hosts: o.Hosts, Recipient: ident.Recipient(), FeatureLevel: event.Level, Zone: o.Config.Zone}
 	if err := req.Sign(tok); err != nil {
 		return err
 	}

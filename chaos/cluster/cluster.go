@@ -367,6 +367,14 @@ func (c *Cluster) running() (running []*Node) {
 func agree(st *api.Status, running []*Node) error {
 	var leader, chain string
 	var config uint64
+	// Nodes beyond these subscribe.
+	const wantVoters = 3
+	voters := 0
+	for _, s := range st.Nodes {
+		if s.Reachable && s.Voter {
+			voters++
+		}
+	}
 	for i, n := range running {
 		var s *api.NodeStatus
 		for j := range st.Nodes {
@@ -381,7 +389,7 @@ func agree(st *api.Status, running []*Node) error {
 			return fmt.Errorf("node %s is not reachable: %s", n.Name, s.Error)
 		case !s.Serving:
 			return fmt.Errorf("node %s does not let clients in yet", n.Name)
-		case !s.Voter:
+		case !s.Voter && (s.RaftState != "subscriber" || voters < wantVoters):
 			return fmt.Errorf("node %s is no voter", n.Name)
 		case s.Leader == "":
 			return fmt.Errorf("node %s knows no leader", n.Name)

@@ -44,7 +44,7 @@ func (w *World) remove(ctx context.Context, n *node) error {
 	}
 	rctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if _, err := w.admin(via).RemoveNode(rctx, n.Name, "chaos"); err != nil {
+	if _, err := w.admin(via).RemoveNode(rctx, n.Name, "chaos", 0); err != nil {
 		return err
 	}
 	n.Kill() // it stops itself; this only waits no longer than needed

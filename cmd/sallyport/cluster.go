@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,6 +28,7 @@ func (n *nodeFlags) register(c *cobra.Command) {
 	fl.StringVar(&n.Addr, "addr", "", "host:port that clients and other nodes reach the node at, TCP and UDP (required)")
 	fl.StringVar(&n.Listen, "listen", "", "host:port to bind when it differs from --addr")
 	fl.StringSliceVar(&n.hosts, "host", nil, "further names and addresses for the node's certificate, such as a load balancer's")
+	fl.StringVar(&n.Zone, "zone", "", "where the node is, such as a data centre: voters are spread over zones")
 	fl.StringVar(&n.Recordings, "recordings", "", "where recordings go: a directory, or s3://bucket/prefix?endpoint=URL&region=R (default DATADIR/recordings)")
 	fl.BoolVar(&n.Dev, "dev", false, "for local trials: accept tokens of sallyport dev-issuer and targets without TLS")
 	for _, f := range []string{"name", "data-dir", "addr"} {
@@ -36,7 +38,7 @@ func (n *nodeFlags) register(c *cobra.Command) {
 
 func clusterCommand(f *clientFlags) *cobra.Command {
 	c := &cobra.Command{Use: "cluster", Short: "Make a cluster, add and remove nodes"}
-	c.AddCommand(clusterInit(), clusterToken(f), clusterJoin(), clusterRemove(f))
+	c.AddCommand(clusterInit(), clusterToken(f), clusterJoin(), clusterMembers(f), clusterVoters(f), clusterLeave(f), clusterRemove(f))
 	return c
 }
 
@@ -142,31 +144,142 @@ func clusterJoin() *cobra.Command {
 
 func clusterRemove(f *clientFlags) *cobra.Command {
 	var reason string
+	var drain time.Duration
 	c := &cobra.Command{
 		Use: "remove NODE --reason TEXT", Short: "Take a node out of the cluster", Args: exactArgs("NODE"),
+		Long: `Takes a node out of the cluster for good. A voter is replaced first, if a
+healthy node may take its place; a leader hands over first. The node's sessions
+go on for --drain and are ended; then it stops, and no other node accepts its
+certificate. Its name is not used again.`,
+		Example: `  sallyport cluster remove n3 --reason "hardware replaced"
+  sallyport cluster remove n3 --reason "compromised" --drain 0s`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !pki.ValidName(args[0]) {
-				return usageError{fmt.Errorf("%q is no node name", args[0])}
+			return removeNode(cmd, f, args[0], reason, drain)
+		},
+	}
+	reasonFlag(c, &reason)
+	drainFlag(c, &drain)
+	return c
+}
+
+func clusterLeave(f *clientFlags) *cobra.Command {
+	var reason, dir string
+	var drain time.Duration
+	c := &cobra.Command{
+		Use: "leave --data-dir DIR --reason TEXT", Short: "Take this machine's node out of its cluster", Args: noArgs,
+		Long:    `Does what "cluster remove" does, with the node whose data directory is given.`,
+		Example: `  sallyport cluster leave --data-dir /var/lib/sallyport --reason "machine retired"`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.Load(dir)
+			if err != nil {
+				return err
+			}
+			return removeNode(cmd, f, cfg.Name, reason, drain)
+		},
+	}
+	c.Flags().StringVar(&dir, "data-dir", "", "the node's data directory (required)")
+	_ = c.MarkFlagRequired("data-dir")
+	reasonFlag(c, &reason)
+	drainFlag(c, &drain)
+	return c
+}
+
+func drainFlag(c *cobra.Command, drain *time.Duration) {
+	c.Flags().DurationVar(drain, "drain", 5*time.Second, "how long the node's sessions may go on, at most 1m")
+}
+
+func removeNode(cmd *cobra.Command, f *clientFlags, name, reason string, drain time.Duration) error {
+	if !pki.ValidName(name) {
+		return usageError{fmt.Errorf("%q is no node name", name)}
+	}
+	cl, err := f.client()
+	if err != nil {
+		return err
+	}
+	rep, err := cl.RemoveNode(cmd.Context(), name, reason, drain)
+	if err != nil {
+		return err
+	}
+	if f.json {
+		return printJSON(cmd.OutOrStdout(), rep)
+	}
+	if !rep.Stopped {
+		say(cmd.OutOrStdout(), "%s is no member any more. It could not be told (%s): if it still runs, its sessions end when it has missed the leader for too long: stop it.", name, rep.Detail)
+		return nil
+	}
+	say(cmd.OutOrStdout(), "%s has ended its sessions and stopped, and is no member any more.", name)
+	return nil
+}
+
+func clusterMembers(f *clientFlags) *cobra.Command {
+	return &cobra.Command{
+		Use: "members", Short: "List all nodes with their parts in the cluster", Args: noArgs,
+		Long: `Lists each node with its role (what its certificate allows), its part now
+(leader, follower, or subscriber: fed by the node named), zone, version, health,
+and how many events it lacks.`,
+		Example: `  sallyport cluster members
+  sallyport cluster members --json`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cl, err := f.client()
+			if err != nil {
+				return err
+			}
+			m, err := cl.Members(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if f.json {
+				return printJSON(cmd.OutOrStdout(), m)
+			}
+			say(cmd.OutOrStdout(), "Cluster %s, %d voters wanted.", m.Cluster, m.Voters)
+			var rows [][]string
+			for _, n := range m.Members {
+				row := []string{n.Name, n.Addr, n.Role, n.Zone, "no", "?", "", "no", "", n.Error}
+				if n.Voter {
+					row[4] = "yes"
+				}
+				if h := n.Health; h != nil {
+					row[5], row[6], row[8] = h.State, h.Version, fmt.Sprint(n.Lag)
+					if h.Source != "" {
+						row[9] = "fed by " + h.Source
+					}
+				}
+				if n.Healthy {
+					row[7] = "yes"
+				}
+				rows = append(rows, row)
+			}
+			table(cmd.OutOrStdout(), "NODE ADDRESS ROLE ZONE VOTER PART VERSION HEALTHY LAG NOTES", rows)
+			return nil
+		},
+	}
+}
+
+func clusterVoters(f *clientFlags) *cobra.Command {
+	return &cobra.Command{
+		Use: "voters 3|5", Short: "Say how many nodes are to have a vote", Args: exactArgs("3|5"),
+		Long: `The leader gives votes to that many nodes whose role is voter, spread over
+zones, and replaces those that die by others that are well. With 3, one may fail
+at a time, with 5, two. The rest follow and serve sessions all the same.`,
+		Example: "  sallyport cluster voters 5",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := strconv.Atoi(args[0])
+			if err != nil || n != 3 && n != 5 {
+				return usageError{fmt.Errorf("%q: want 3 or 5", args[0])}
 			}
 			cl, err := f.client()
 			if err != nil {
 				return err
 			}
-			rep, err := cl.RemoveNode(cmd.Context(), args[0], reason)
+			rep, err := cl.SetVoters(cmd.Context(), n)
 			if err != nil {
 				return err
 			}
 			if f.json {
 				return printJSON(cmd.OutOrStdout(), rep)
 			}
-			if !rep.Stopped {
-				say(cmd.OutOrStdout(), "%s is no member any more. It could not be told (%s): if it still runs, it lets nobody in 10 seconds after it lost the leader, but sessions on it go on: stop it.", args[0], rep.Detail)
-				return nil
-			}
-			say(cmd.OutOrStdout(), "%s has ended its sessions and stopped, and is no member any more.", args[0])
+			say(cmd.OutOrStdout(), "%d nodes are to have a vote; `sallyport cluster members` shows which.", n)
 			return nil
 		},
 	}
-	reasonFlag(c, &reason)
-	return c
 }

@@ -125,8 +125,8 @@ func examineNodes(st *api.Status) (out []finding) {
 			leaders[n.Leader] = true
 		}
 		switch {
-		case !n.Voter:
-			add(name, "warn", "runs, but takes no part in Raft yet", "it announces itself to the leader; if this lasts, look at its log")
+		case n.Leader == "":
+			add(name, "bad", "knows no leader", "a majority of the voters must be running: see `sallyport cluster members`")
 		case n.ConfigError != "":
 			add(name, "bad", "cannot read the configuration: "+n.ConfigError, "its version differs from the others': upgrade it")
 		default:

@@ -197,8 +197,18 @@ func (c *Client) Join(ctx context.Context, in *JoinRequest) (*JoinReply, error) 
 }
 
 // RemoveNode takes a node out of the cluster.
-func (c *Client) RemoveNode(ctx context.Context, name, reason string) (*RemoveNodeReply, error) {
-	return call[RemoveNodeReply](ctx, c, http.MethodPost, "/v1/cluster/nodes/"+url.PathEscape(name)+"/remove", RemoveNodeRequest{reason})
+func (c *Client) RemoveNode(ctx context.Context, name, reason string, drain time.Duration) (*RemoveNodeReply, error) {
+	return call[RemoveNodeReply](ctx, c, http.MethodPost, "/v1/cluster/nodes/"+url.PathEscape(name)+"/remove", RemoveNodeRequest{reason, drain})
+}
+
+// Members lists all nodes with their parts in the cluster.
+func (c *Client) Members(ctx context.Context) (*Members, error) {
+	return call[Members](ctx, c, http.MethodGet, "/v1/cluster/members", nil)
+}
+
+// SetVoters says how many voters the cluster is to have, 3 or 5.
+func (c *Client) SetVoters(ctx context.Context, n int) (*Committed, error) {
+	return call[Committed](ctx, c, http.MethodPost, "/v1/cluster/voters", VotersRequest{n})
 }
 
 // Approvals lists approval requests; state "" means all.

@@ -252,11 +252,14 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 		return nil, invalid("%v", err)
 	}
 	used, _ := json.Marshal(event.JoinTokenUsed{ID: in.TokenID, Node: in.Name})
-	joined, _ := json.Marshal(event.NodeJoined{Node: info, Token: in.TokenID})
+	joinedVersion, joined, err := event.Encode(s.Store.FeatureLevel(), event.TypeNodeJoined, event.NodeJoined{Node: info, Token: in.TokenID})
+	if err != nil {
+		return nil, err
+	}
 	actor := event.Actor{Principal: "jointoken/" + in.TokenID, Kind: event.Node, Authn: "join-token", Source: clientIP(r), Via: s.Node}
 	_, err = s.append(r.Context(), w,
 		event.Proposal{ID: event.NewID(), Actor: actor, Type: event.TypeJoinTokenUsed, Version: 1, Aggregate: "jointoken/" + in.TokenID, Expect: 1, Payload: used},
-		event.Proposal{ID: event.NewID(), Actor: actor, Type: event.TypeNodeJoined, Version: 1, Aggregate: "node/" + in.Name, Expect: 0, Payload: joined})
+		event.Proposal{ID: event.NewID(), Actor: actor, Type: event.TypeNodeJoined, Version: joinedVersion, Aggregate: "node/" + in.Name, Expect: 0, Payload: joined})
 	if err != nil {
 		return nil, err
 	}
@@ -286,90 +289,11 @@ func (s *Server) joined(name string) JoinReply {
 	return rep
 }
 
-func (s *Server) removeNode(w http.ResponseWriter, r *request) (any, error) {
-	var in RemoveNodeRequest
-	if err := r.decode(&in); err != nil {
-		return nil, err
-	}
-	name := r.PathValue("name")
-	if ev, done := s.done(r, event.TypeNodeRemoved); done {
-		return RemoveNodeReply{Committed: Committed{ev.Seq, ev.Index, ev.Time}, Detail: "removed before"}, nil
-	}
-	if _, member := s.State.View().Nodes[name]; !member {
-		return nil, notFound("no node is named %q; `sallyport status` lists them", name)
-	}
-	if name == s.Node {
-		return nil, invalid("%s is the leader now: ask another node to lead, by stopping this one, and repeat", name)
-	}
-	if in.Reason == "" {
-		return nil, invalid("a reason is needed")
-	}
-	// The others refuse a removed node from the event on, so it might never
-	// hear of its removal: it is told first. One that cannot be told stops
-	// letting anybody in when it has missed the leader for a while.
-	s.awaitSettled(r.Context())
-	ctx, cancel := context.WithTimeout(r.Context(), 40*time.Second)
-	defer cancel()
-	told := s.exchange(ctx, http.MethodPost, name, "/mesh/v1/leave", struct{}{}, nil)
-	// Raft's configuration first: once the event is there, the nodes refuse each
-	// other's word, and Raft would count on one that cannot answer.
-	if err := s.Store.Remove(ctx, name); err != nil {
-		return nil, fmt.Errorf("taking %s out of Raft: %w", name, err)
-	}
-	ev, err := s.propose(w, r, event.TypeNodeRemoved, "node/"+name, event.Any, event.NodeRemoved{Name: name, Reason: in.Reason})
-	if err != nil {
-		return nil, err
-	}
-	rep := RemoveNodeReply{Committed: Committed{ev.Seq, ev.Index, ev.Time}, Stopped: told == nil}
-	if told != nil {
-		rep.Detail = told.Error()
-	}
-	return rep, nil
-}
-
-// meshLeave stops this node: the leader is about to remove it. It answers when
-// no session is left.
-func (s *Server) meshLeave(w http.ResponseWriter, r *http.Request) {
-	if leader, _ := s.Store.Leader(); leader != tunnel.Peer(r.Context()) {
-		fail(w, &Problem{Code: "forbidden", Error: "only the leader removes nodes", Status: http.StatusForbidden})
-		return
-	}
-	s.Leave(r.Context())
-	reply(w, struct{}{})
-}
-
 func (s *Server) meshStatus(w http.ResponseWriter, r *http.Request) {
 	reply(w, s.LocalStatus(r.Context()))
 }
 
 func (s *Server) meshSessions(w http.ResponseWriter, _ *http.Request) { reply(w, s.localSessions()) }
-
-// meshAnnounce lets a member that runs into Raft.
-func (s *Server) meshAnnounce(w http.ResponseWriter, r *http.Request) {
-	peer := tunnel.Peer(r.Context())
-	info := s.State.View().Nodes[peer]
-	if !s.Store.IsLeader() {
-		fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
-		return
-	}
-	if info.Role != pki.Voter {
-		fail(w, &Problem{Code: "forbidden", Error: fmt.Sprintf("node %s is a %s and has no part in Raft", peer, info.Role), Status: http.StatusForbidden})
-		return
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), 15*time.Second)
-	defer cancel()
-	if err := s.Store.AddVoter(ctx, peer, info.Addr); err != nil {
-		fail(w, problem(err))
-		return
-	}
-	reply(w, struct{}{})
-}
-
-// Announce tells node that this one runs and can take part in Raft. A node
-// that is not the leader refuses; the caller goes on to the next.
-func (s *Server) Announce(ctx context.Context, node string) error {
-	return s.exchange(ctx, http.MethodPost, node, "/mesh/v1/announce", struct{}{}, nil)
-}
 
 // head is the newest event of a leader.
 type head struct {

@@ -90,8 +90,13 @@ type Deps struct {
 	// Fence returns when this node has stopped everything of the revocations
 	// known up to seq.
 	Fence func(ctx context.Context, seq uint64) (event.NodeFenced, error)
-	// Leave ends this node's sessions and stops it; it returns when none is left.
-	Leave func(ctx context.Context)
+	// Leave lets this node's sessions go on for drain, ends them and stops the
+	// node; it returns when none is left.
+	Leave func(ctx context.Context, drain time.Duration)
+	// Release has a node replaced and taken out of Raft; leader only.
+	Release func(ctx context.Context, name string) error
+	// Health is how this node does.
+	Health func() Health
 	// LocalStatus is this node's own part of the status.
 	LocalStatus func(ctx context.Context) NodeStatus
 	// Audit records a call and what was decided about it. An error says that a
@@ -136,6 +141,8 @@ func (s *Server) routes() {
 	change("POST /v1/config", policy.AdminApply, s.apply)
 	change("POST /v1/cluster/tokens", policy.AdminCluster, s.makeToken)
 	change("POST /v1/cluster/nodes/{name}/remove", policy.AdminCluster, s.removeNode)
+	change("POST /v1/cluster/voters", policy.AdminCluster, s.setVoters)
+	read("GET /v1/cluster/members", policy.StatusRead, s.members)
 	read("GET /v1/approvals", policy.ApprovalsRead, s.listApprovals)
 	read("GET /v1/approvals/{id}", policy.ApprovalsRead, s.showApproval)
 	change("POST /v1/approvals/{id}/approve", "", s.vote(true))
@@ -156,7 +163,7 @@ func (s *Server) routes() {
 	s.mesh.HandleFunc("GET /mesh/v1/head", s.meshHead)
 	s.mesh.HandleFunc("GET /mesh/v1/features", s.meshFeatures)
 	s.mesh.HandleFunc("GET /mesh/v1/sessions", s.meshSessions)
-	s.mesh.HandleFunc("POST /mesh/v1/announce", s.meshAnnounce)
+	s.mesh.HandleFunc("GET /mesh/v1/health", s.meshHealth)
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
 	s.mesh.HandleFunc("POST /mesh/v1/fence", s.meshFence)
 	s.mesh.HandleFunc("POST /mesh/v1/leave", s.meshLeave)

@@ -139,6 +139,7 @@ type JoinRequest struct {
 	CSR       []byte   `json:"csr"` // DER; only its public key is used
 	Hosts     []string `json:"hosts"`
 	Recipient string   `json:"recipient"` // age recipient of the node
+	Zone      string   `json:"zone,omitempty"`
 	// FeatureLevel is what the node's build supports; 0, from the first release, means 1.
 	FeatureLevel uint32 `json:"feature_level,omitempty"`
 }
@@ -153,7 +154,8 @@ type JoinReply struct {
 
 // RemoveNodeRequest removes a member.
 type RemoveNodeRequest struct {
-	Reason string `json:"reason"`
+	Reason string        `json:"reason"`
+	Drain  time.Duration `json:"drain_ns,omitempty"` // how long its sessions may go on, at most a minute
 }
 
 // RemoveNodeReply says whether the removed node has stopped serving.

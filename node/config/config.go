@@ -40,6 +40,9 @@ type Config struct {
 	// SegmentAge is how long an entry waits at most before its segment is
 	// sent to the store. Default 5s.
 	SegmentAge time.Duration `yaml:"segmentAge,omitempty"`
+	// Zone is where the node is: a data centre, a region. Voters are spread over
+	// zones, and a node takes the event stream from its own zone when it can.
+	Zone string `yaml:"zone,omitempty"`
 	// HeartbeatTimeout is Raft's; raise it on slow disks. Default 500ms.
 	HeartbeatTimeout time.Duration `yaml:"heartbeatTimeout,omitempty"`
 	// WALDir is where the cluster's log is synced, instead of DATADIR/raft/log:
@@ -170,6 +173,9 @@ func (c *Config) Validate() error {
 	}
 	if c.WALFailoverDir != "" && c.WALFailoverDir == c.WALDir {
 		errs = append(errs, errors.New("walFailoverDir: is walDir; it must be on another disk"))
+	}
+	if c.Zone != "" && !ValidName(c.Zone) {
+		errs = append(errs, fmt.Errorf("zone: %q is not a zone's name (lower-case letters, digits and dashes, at most 63)", c.Zone))
 	}
 	if c.SpoolBytes < 16<<20 {
 		errs = append(errs, fmt.Errorf("spoolBytes: %d is below the least, 16 MiB (16777216)", c.SpoolBytes))

@@ -34,6 +34,8 @@ type View struct {
 	VaultRecipient string
 	AdminCertFP    string
 
+	Voters int // how many are wanted, 0 while nobody has said: see WantVoters
+
 	Nodes       map[string]event.NodeInfo
 	Superseded  map[string][]byte // by node: the certificate before Nodes' one, while both count; DER
 	Removed     map[string]bool   // names of nodes that were members once
@@ -62,6 +64,14 @@ type View struct {
 	scopes     map[event.Scope]standing
 	claims     map[string]bool // names of claims that some scope is about
 	tolerances []toleranceFrom
+}
+
+// WantVoters is how many voters the cluster is to have.
+func (v *View) WantVoters() int {
+	if v.Voters == 0 {
+		return 3
+	}
+	return v.Voters
 }
 
 // JoinToken is a one-time token for `cluster join`.
@@ -222,6 +232,12 @@ func (f *fold) apply(e event.Event) error {
 			return err
 		}
 		f.v.FeatureLevel = p.Level
+	case event.TypeVotersSet:
+		p, err := event.Decode[event.VotersSet](e)
+		if err != nil {
+			return err
+		}
+		f.v.Voters = p.Voters
 	case event.TypeNodeJoined:
 		p, err := event.Decode[event.NodeJoined](e)
 		if err != nil {

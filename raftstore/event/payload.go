@@ -7,6 +7,7 @@ const (
 	TypeClusterCreated   = "cluster.created"       // ClusterCreated, aggregate "cluster"
 	TypeFeatureLevel     = "cluster.feature_level" // FeatureLevel, aggregate "feature_level"
 	TypeNodeJoined       = "node.joined"           // NodeJoined, aggregate "node/NAME"
+	TypeVotersSet        = "cluster.voters"        // VotersSet, aggregate "voters"
 	TypeNodeRemoved      = "node.removed"          // NodeRemoved, aggregate "node/NAME"
 	TypeNodeRenewed      = "node.renewed"          // NodeRenewed, aggregate "node/NAME"
 	TypeSecretsSealed    = "secrets.sealed"        // SecretsSealed, aggregate "config"
@@ -39,6 +40,9 @@ type NodeInfo struct {
 	Cert      []byte `json:"cert"`       // DER; its key signs the node's recordings
 	Recipient string `json:"recipient"`  // age recipient of the node
 	VaultWrap []byte `json:"vault_wrap"` // the vault identity, encrypted to Recipient
+	// Zone is where it was when it joined, "" for a cluster's first node: a hint
+	// for choosing whom to be fed by.
+	Zone string `json:"zone,omitempty"`
 }
 
 type ClusterCreated struct {
@@ -76,6 +80,11 @@ type SecretsSealed struct {
 type SealedKey struct {
 	Sealed   Sealed     `json:"sealed"`
 	SealedTo Recipients `json:"sealed_to"`
+}
+
+// VotersSet says how many voters the cluster is to have.
+type VotersSet struct {
+	Voters int `json:"voters"` // 3 or 5; 3 before the first of these
 }
 
 type NodeRemoved struct {

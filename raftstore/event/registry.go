@@ -45,9 +45,10 @@ const BaseLevel = 1
 // the newest version the cluster can use, and read them with Decode, which
 // always gives the newest.
 var kinds = map[string]*kind{
-	TypeClusterCreated:   of[ClusterCreated](1),
+	TypeClusterCreated:   of[ClusterCreated](1).adds(2, "node.zone"),
 	TypeFeatureLevel:     of[FeatureLevel](1), // judged by the level it names: see fsm
-	TypeNodeJoined:       of[NodeJoined](1),
+	TypeVotersSet:        of[VotersSet](2),
+	TypeNodeJoined:       of[NodeJoined](1).adds(2, "node.zone"),
 	TypeNodeRemoved:      of[NodeRemoved](1),
 	TypeNodeRenewed:      of[NodeRenewed](2),
 	TypeSecretsSealed:    of[SecretsSealed](2),
