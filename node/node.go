@@ -28,6 +28,7 @@ import (
 	"github.com/sallyport/sallyport/node/approval"
 	"github.com/sallyport/sallyport/node/config"
 	"github.com/sallyport/sallyport/node/eventlog"
+	"github.com/sallyport/sallyport/node/gossip"
 	"github.com/sallyport/sallyport/node/identity"
 	"github.com/sallyport/sallyport/node/listener"
 	"github.com/sallyport/sallyport/node/pki"
@@ -78,6 +79,7 @@ type Node struct {
 	spool      *spool.Spool
 	recordings recording.Store
 	eventLog   *eventlog.Service
+	gossip     *gossip.Gossip // for the status, and nothing else
 	audit      *audit
 	targets    *targets
 	fences     *fences
@@ -271,6 +273,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	if n.eventLog, err = n.openEventLog(dest); err != nil {
 		return err
 	}
+	n.gossip = n.newGossip()
 	n.env = n.newEnv()
 	n.postgres = n.newPostgres(cert)
 	n.api = api.NewServer(n.apiDeps())
@@ -297,6 +300,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	run("event store", func(ctx context.Context) error { return n.store.Follow(ctx, 1, n.state.Fold) })
 	run("event log", n.eventLog.Run)
+	run("gossip", n.gossip.Run)
 	run("mesh", func(ctx context.Context) error { return n.mesh.Serve(ctx, n.api.MeshHandler()) })
 	run("leases", n.leases.run)
 	run("bootstrap", n.bootstrap)
@@ -610,7 +614,7 @@ func (n *Node) status(ctx context.Context) api.NodeStatus {
 		Node: n.cfg.Name, Addr: n.cfg.Addr, Reachable: true, Serving: n.serving.Load(), Version: n.version, Started: n.started, Now: time.Now(),
 		RaftState: st.State, Leader: leader, Term: st.Term, LastIndex: st.LastIndex, CommitIndex: st.CommitIndex, AppliedIndex: st.AppliedLog,
 		Events: seq, Chain: hex.EncodeToString(chain[:]), ConfigIndex: v.ConfigIndex, FeatureLevel: n.featureLevel(),
-		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev, EventLog: n.eventLog.Status(),
+		Sessions: len(n.sessions.List()), Dev: n.cfg.Dev, EventLog: n.eventLog.Status(), Gossip: n.gossip.Members(),
 		Spool:   api.Spool{Open: sp.Open, BytesWaiting: sp.BytesWaiting, OldestUnsent: sp.OldestUnsent, Store: n.cfg.Recordings, LastError: sp.LastError},
 		Targets: n.targets.probe(ctx),
 	}

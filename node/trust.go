@@ -19,6 +19,7 @@ var classRoles = map[string][]string{
 	transport.ClassFence:   {pki.Voter, pki.Gateway, pki.Connector},
 	transport.ClassEvents:  {pki.Voter, pki.Gateway, pki.Connector},
 	transport.ClassMesh:    {pki.Voter, pki.Gateway, pki.Connector},
+	transport.ClassGossip:  {pki.Voter, pki.Gateway, pki.Connector},
 }
 
 // authorizePeer says which node a certificate is of, and refuses those that

@@ -43,9 +43,9 @@ func TestRolesPerClass(t *testing.T) {
 	ca := mustCA(t)
 	n := &Node{ca: ca.Cert, cluster: "acme", state: state.New(slog.New(slog.DiscardHandler))}
 	speaks := map[string][]string{
-		pki.Voter:     {transport.ClassRaft, transport.ClassBulk, transport.ClassConfirm, transport.ClassFence, transport.ClassEvents, transport.ClassMesh},
-		pki.Gateway:   {transport.ClassFence, transport.ClassEvents, transport.ClassMesh},
-		pki.Connector: {transport.ClassFence, transport.ClassEvents, transport.ClassMesh},
+		pki.Voter:     {transport.ClassRaft, transport.ClassBulk, transport.ClassConfirm, transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
+		pki.Gateway:   {transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
+		pki.Connector: {transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
 	}
 	for role, classes := range speaks {
 		cert := mustCert(mustSign(t, ca, role, "n1", time.Now()))

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/node/gossip"
 	"github.com/sallyport/sallyport/recording/terminal"
 )
 
@@ -31,6 +32,7 @@ func statusCommand(f *clientFlags) *cobra.Command {
 			var rows [][]string
 			for _, n := range st.Nodes {
 				if !n.Reachable {
+					n.Error += heard(st, n.Node)
 					rows = append(rows, []string{n.Node, n.Addr, "unreachable", "", "", "", "", n.Error})
 					continue
 				}
@@ -51,6 +53,18 @@ func heldBack(st *api.Status) string {
 	return ", held back: " + strings.Join(st.HeldBack, ", ")
 }
 
+// heard is what the gossip has on a node that did not answer.
+func heard(st *api.Status, node string) string {
+	for _, n := range st.Nodes {
+		for _, m := range n.Gossip {
+			if n.Reachable && m.Name == node && m.State != gossip.Unknown {
+				return fmt.Sprintf("; %s hears that it is %s, since %s", n.Node, m.State, stamp(m.Since))
+			}
+		}
+	}
+	return ""
+}
+
 func spoolNote(n api.NodeStatus) string {
 	note := ""
 	if n.ConfigError != "" {
@@ -58,6 +72,18 @@ func spoolNote(n api.NodeStatus) string {
 	}
 	if n.Spool.LastError != "" {
 		note += "recordings: " + n.Spool.LastError + "; "
+	}
+	for _, a := range n.EventLog.Alarms {
+		note += "event log: " + a + "; "
+	}
+	switch e := n.EventLog.Export; {
+	case e.Alarm != "":
+		note += "event log: " + e.Alarm + "; "
+	case e.LastError != "":
+		note += fmt.Sprintf("event log: %d checkpoints wait for the store: %s; ", e.Waiting, e.LastError)
+	}
+	if n.RaftState == "leader" && n.EventLog.Problem != "" {
+		note += "event log: " + n.EventLog.Problem + "; "
 	}
 	if n.Spool.BytesWaiting > 0 {
 		note += fmt.Sprintf("%d bytes of recordings waiting for the store", n.Spool.BytesWaiting)

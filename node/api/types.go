@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/eventlog"
+	"github.com/sallyport/sallyport/node/gossip"
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/raftstore/event"
 )
@@ -54,6 +55,8 @@ type NodeStatus struct {
 	Dev          bool      `json:"dev,omitempty"`
 	// EventLog tells how far the event log is vouched for, and exported.
 	EventLog eventlog.Status `json:"event_log,omitzero"`
+	// Gossip is what this node hears of all members: a hint, which may be wrong.
+	Gossip []gossip.Member `json:"gossip,omitempty"`
 	// Targets tells, by name, whether the administrative login works ("ok" or why not).
 	Targets map[string]string `json:"targets,omitempty"`
 }

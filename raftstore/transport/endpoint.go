@@ -35,10 +35,11 @@ const (
 	ClassFence   = "sallyport-fence/1"   // leases and revocations
 	ClassEvents  = "sallyport-events/1"  // the event stream to those outside Raft
 	ClassMesh    = "sallyport-mesh/1"    // calls between nodes, and sessions tunnelled
+	ClassGossip  = "sallyport-gossip/1"  // hints on how nodes are
 )
 
 // Classes are all of them.
-var Classes = []string{ClassRaft, ClassBulk, ClassConfirm, ClassFence, ClassEvents, ClassMesh}
+var Classes = []string{ClassRaft, ClassBulk, ClassConfirm, ClassFence, ClassEvents, ClassMesh, ClassGossip}
 
 const (
 	handshakeTimeout = 5 * time.Second
