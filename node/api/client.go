@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport/sallyport/node/identity"
@@ -28,6 +29,9 @@ type Client struct {
 	token   func() (string, error)
 	cert    *x509.Certificate
 	key     *ecdsa.PrivateKey
+	// position is the newest event of this client's own changes: its reads see
+	// it at whichever node they come to.
+	position atomic.Uint64
 }
 
 // ClientConfig says where the cluster is and who calls. Token or the
@@ -99,6 +103,8 @@ func (c *Client) try(ctx context.Context, server, method, path string, id event.
 	}
 	if method != http.MethodGet {
 		req.Header.Set("Idempotency-Key", id.String())
+	} else if seq := c.position.Load(); seq > 0 {
+		req.Header.Set(PositionHeader, strconv.FormatUint(seq, 10))
 	}
 	switch {
 	case c.token != nil:
@@ -122,6 +128,10 @@ func (c *Client) try(ctx context.Context, server, method, path string, id event.
 	}
 	defer resp.Body.Close()
 	defer func() { _, _ = io.CopyN(io.Discard, resp.Body, 1<<10) }() // keeps the connection
+	if seq, err := strconv.ParseUint(resp.Header.Get(PositionHeader), 10, 64); err == nil && method != http.MethodGet {
+		for old := c.position.Load(); seq > old && !c.position.CompareAndSwap(old, seq); old = c.position.Load() {
+		}
+	}
 	return readReply(resp, out)
 }
 

@@ -265,6 +265,12 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 			fail(w, &Problem{Code: "unauthenticated", Error: err.Error(), Status: http.StatusUnauthorized})
 			return
 		}
+		if !change { // before it is judged: a caller's own change may be about that
+			if p := s.reach(hr.Context(), hr); p != nil {
+				fail(w, p)
+				return
+			}
+		}
 		b := state.BearerOf(subject).At(s.Node, "")
 		if rev := s.State.View().Refuses(&b); rev != nil {
 			_ = s.audit(hr, action, subject, "refuse", "revoked", rev.Why())
@@ -395,7 +401,7 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 					if resp.StatusCode == http.StatusMisdirectedRequest && try < leaderTries {
 						return errors.New("not the leader any more")
 					}
-					s.awaitSeq(r.Context(), resp.Header.Get("Sallyport-Seq"))
+					s.awaitSeq(r.Context(), resp.Header.Get(PositionHeader))
 					return nil
 				},
 				ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
@@ -498,7 +504,7 @@ func (s *Server) append(ctx context.Context, w http.ResponseWriter, batch ...eve
 	last := events[len(events)-1]
 	seq := strconv.FormatUint(last.Seq, 10)
 	if w != nil {
-		w.Header().Set("Sallyport-Seq", seq)
+		w.Header().Set(PositionHeader, seq)
 	}
 	s.awaitSeq(ctx, seq)
 	return events[0], nil

@@ -20,17 +20,13 @@ type cluster struct {
 	quorum  atomic.Bool
 	members []string
 	former  []string
-	mu      sync.Mutex
-	cut     map[string]bool
-	pipes   map[string]net.Conn
-	seq     uint64
 }
 
 const testLength = 2 * time.Second
 
 func newCluster(t *testing.T, ctx context.Context, members ...string) *cluster {
 	t.Helper()
-	c := &cluster{members: members, cut: map[string]bool{}, pipes: map[string]net.Conn{}}
+	c := &cluster{members: members}
 	c.term.Store(1)
 	c.quorum.Store(true)
 	c.g = NewGrantor(GrantorConfig{
@@ -56,28 +52,12 @@ func newCluster(t *testing.T, ctx context.Context, members ...string) *cluster {
 	return c
 }
 
-// partition cuts a node off; what it has stays.
-func (c *cluster) partition(node string, cut bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cut[node] = cut
-	if p := c.pipes[node]; cut && p != nil {
-		p.Close()
-	}
-}
-
 func (c *cluster) holder(name string, e Enforcer, gate Gate) *Holder {
 	return NewHolder(HolderConfig{
 		Length: testLength, Enforcer: e, Gate: gate,
 		Leader: func() (string, string) { return "leader", "here" },
 		Dial: func(context.Context, string, string) (net.Conn, error) {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			if c.cut[name] {
-				return nil, errors.New("cut off")
-			}
 			a, b := net.Pipe()
-			c.pipes[name] = a
 			go c.g.Serve(b, name)
 			return a, nil
 		},
