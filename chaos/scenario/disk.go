@@ -82,11 +82,14 @@ func playHungFollower(ctx context.Context, w *World) error {
 	if err != nil {
 		return err
 	}
-	if err := w.disk(hung, "hang"); err != nil {
-		return err
-	}
-	w.revokeSome(ctx, 2) // cannot be committed before one of the two is back
-	if err := w.disk(hung, ""); err != nil {
+	// Nothing can be committed before one of the two is back.
+	if err := w.during(ctx, 2, func() error {
+		if err := w.disk(hung, "hang"); err != nil {
+			return err
+		}
+		err := sleep(ctx, 10*time.Second)
+		return errors.Join(err, w.disk(hung, ""))
+	}); err != nil {
 		return err
 	}
 	w.revokeSome(ctx, 2)
