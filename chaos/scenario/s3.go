@@ -112,7 +112,7 @@ func startS3(ctx context.Context, dir string) (*s3Server, error) {
 func (s *s3Server) set(mood string) { s.mood.Store(&mood) }
 
 func (s *s3Server) url() string {
-	u := url.URL{Scheme: "s3", Host: s3Bucket, Path: "/chaos", RawQuery: "endpoint=" + url.QueryEscape("http://"+s.addr) + "&region=us-east-1&path-style=true"}
+	u := url.URL{Scheme: "s3", Host: s3Bucket, Path: "/chaos", RawQuery: "endpoint=" + url.QueryEscape("http://"+s.addr) + "&region=us-east-1&path-style=true&plaintext=true"}
 	return u.String()
 }
 
