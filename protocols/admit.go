@@ -407,7 +407,7 @@ func (c *Channel) hold(ctx context.Context, op *Operation, adm *Admission, ap *p
 		ticket.Cancel(ctx, r.Reason)
 		return r
 	}
-	if err := a.Fence.Check(); err != nil {
+	if err := c.s.enter(); err != nil { // frozen, it waits: what follows spends the approval
 		return err
 	}
 	if err := ticket.Use(ctx); err != nil {
@@ -549,7 +549,7 @@ func (c *Channel) notice(text string) error {
 		return err
 	}
 	defer c.s.unlockClient()
-	if err := c.s.access.Fence.Check(); err != nil {
+	if err := c.s.enter(); err != nil {
 		return err
 	}
 	c.s.Client.SetWriteDeadline(time.Now().Add(noticeEvery))

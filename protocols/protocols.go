@@ -103,6 +103,12 @@ type Access struct {
 	// once per cut, after Fence.Check has begun to fail and after the target
 	// was told to stop.
 	OnCut func(reset func())
+	// OnFreeze, if not nil, registers what the node calls when the session is
+	// to stop: writes that wait for their peer return to Fence.Enter.
+	OnFreeze func(interrupt func())
+	// Mark, if not 0, is set on both sockets of the session, so that the
+	// kernel stops what they send when the node may not.
+	Mark uint32
 	// Close ends the registration and completes the recording; Serve's last act.
 	Close func(end recording.Ending)
 	// Forwarded counts for `sessions list`.
@@ -148,12 +154,20 @@ type Recorder interface {
 	Sync(ctx context.Context, lsn recording.LSN) error
 }
 
-// Fence says whether a session may still pass bytes.
+// Fence says whether a session may pass bytes: yes, not now (it is frozen), or
+// never again.
 type Fence interface {
-	// Check is called before every write in either direction. It returns nil,
-	// or the *Refusal that says why the session must stop. It is an atomic load
-	// today; leases add a clock read.
+	// Check returns nil, or the *Refusal that says why the session must stop. It
+	// does not wait, and says nothing of a freeze.
 	Check() error
+	// Enter is called right before every write in either direction. It returns
+	// nil when the write may begin; it waits while the session is frozen, and
+	// returns the *Refusal when it must stop, net.ErrClosed when gone is closed.
+	Enter(gone <-chan struct{}) error
+	// Leave is called right after a write that Enter let begin, with the bytes
+	// that it wrote: the fence looks again, and takes note of a write that may
+	// have gone out after it was to stop.
+	Leave(bytes int)
 }
 
 // Hold is an operation that waits for approval.

@@ -399,7 +399,7 @@ func (c *Channel) forward(ctx context.Context) error {
 		}
 		c.durable = 0
 	}
-	if err := c.s.access.Fence.Check(); err != nil {
+	if err := c.s.enter(); err != nil {
 		return err
 	}
 	b := c.run
@@ -568,7 +568,7 @@ func (c *Channel) deliver(run []byte, partial bool) error {
 	if !partial {
 		defer c.s.unlockClient()
 	}
-	if err := c.s.access.Fence.Check(); err != nil {
+	if err := c.s.enter(); err != nil {
 		return err
 	}
 	c.renewClient.renew(c.s.Client)

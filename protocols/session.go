@@ -52,9 +52,11 @@ const (
 	// lastWordsWait is how long a cut waits for a frame boundary and for the
 	// client to take the reason. It is part of the time from revoke to cut-off.
 	lastWordsWait = 200 * time.Millisecond
-	// endWait bounds each step of ending a session: telling the target to
-	// stop, dropping the account.
+	// endWait bounds ending a session: telling the target to stop, dropping the
+	// account.
 	endWait = 10 * time.Second
+	// killWait bounds telling the target to stop: a revocation waits for it.
+	killWait = 3 * time.Second
 )
 
 // Login is what a codec needs to log in upstream with the just-in-time account.
@@ -75,8 +77,39 @@ type Upstream struct {
 func (s *Session) Begin(a *Access) {
 	s.access = a
 	s.init()
+	s.guard(s.Client)
+	if a.OnFreeze != nil {
+		a.OnFreeze(s.interrupt)
+	}
 	a.OnCut(func() { s.Cut(s.cutReason()) })
 }
+
+// guard has the fence asked whenever bytes enter the socket beneath c, and
+// keeps little in the kernel that a stop would not stop.
+func (s *Session) guard(c net.Conn) {
+	if g := gateOf(c); g != nil {
+		g.guard(s.access.Fence, s.gone)
+	}
+	if err := tune(c, s.access.Mark); err != nil {
+		s.Env.Log.Warn("a session's socket could not be set up as its fence would have it", "session", s.access.SessionID, "err", err)
+	}
+}
+
+// interrupt makes writes that wait for their peer return to the fence.
+func (s *Session) interrupt() {
+	s.lateMu.Lock()
+	defer s.lateMu.Unlock()
+	for _, c := range s.legs {
+		if g := gateOf(c); g != nil {
+			g.interrupt()
+		}
+	}
+}
+
+// enter waits until the session may pass bytes. It is asked where a message
+// begins, so that a session that ends frozen can still be told why; the gates
+// ask again for every piece that they write.
+func (s *Session) enter() error { return s.access.Fence.Enter(s.gone) }
 
 func (s *Session) init() {
 	if s.gone == nil {
@@ -109,6 +142,8 @@ func (s *Session) Connect(ctx context.Context, login func(context.Context, Login
 	if err != nil {
 		return fmt.Errorf("dial: %w", err)
 	}
+	conn = NewGate(conn)
+	s.guard(conn)
 	if !s.addLeg(conn) {
 		return s.Err()
 	}
@@ -158,13 +193,21 @@ func (s *Session) Err() error {
 	return nil
 }
 
-// Cut ends the session now: the client reads why, if it is at a frame boundary
-// and takes it within 200 ms, then both connections are reset, so that blocked
-// reads and writes return. Safe to call from any goroutine, more than once.
+// Cut ends the session now: the target's connection is reset, the client reads
+// why, if it is at a frame boundary and takes it within 200 ms, then its
+// connection is reset too, so that blocked reads and writes return. It returns
+// when that is done. Safe to call from any goroutine, more than once.
 func (s *Session) Cut(why *Refusal) {
 	if !s.cut.CompareAndSwap(nil, why) {
+		<-s.gone // whoever was first resets
 		return
 	}
+	s.interrupt()
+	s.lateMu.Lock()
+	for _, c := range s.legs[1:] {
+		abort(c)
+	}
+	s.lateMu.Unlock()
 	if s.access != nil && s.access.Record != nil {
 		// Before anything waits: a client that does not read must not delay the record.
 		s.access.Record.Append(&recording.Entry{Type: recording.Cut, Rule: why.Rule, Reason: why.Reason})
@@ -173,6 +216,9 @@ func (s *Session) Cut(why *Refusal) {
 		timer := time.NewTimer(lastWordsWait)
 		select {
 		case s.sending <- struct{}{}: // kept: nobody writes after the last words
+			if g := gateOf(s.Client); g != nil {
+				g.lift()
+			}
 			s.Client.SetWriteDeadline(time.Now().Add(lastWordsWait))
 			s.Client.Write(s.LastWords(why))
 		case <-timer.C:
@@ -234,10 +280,15 @@ func (s *Session) unlockClient() { <-s.sending }
 // session that Begin was called for. stop says that the target may still be
 // running something that nobody will see the answer of: it is told to stop.
 func (s *Session) End(end recording.Ending, stop bool) {
+	if s.cut.Load() != nil {
+		<-s.gone // the client may be reading why
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), endWait)
 	defer cancel()
 	if s.lease != nil && stop {
-		s.lease.Terminate(ctx)
+		kctx, cancel := context.WithTimeout(ctx, killWait)
+		s.lease.Terminate(kctx)
+		cancel()
 	}
 	s.goOnce.Do(func() { close(s.gone) })
 	s.lateMu.Lock()

@@ -31,29 +31,19 @@ type Info struct {
 	Groups      []string       `json:"groups,omitempty"`
 	TokenID     string         `json:"token_id,omitempty"`
 	Issued      time.Time      `json:"issued,omitzero"` // the token
-	State       string         `json:"state"`           // running, held, cutting
-	Admitted    uint64         `json:"admitted"`
-	Refused     uint64         `json:"refused"`
-	Held        uint64         `json:"held"`
-	Rows        uint64         `json:"rows"`
-	BytesOut    uint64         `json:"bytes_out"`
+	State       string         `json:"state"`           // running, held, frozen, cutting
+	// Revocation is the session's mode: strict, bounded(S) or best_effort.
+	Revocation string `json:"revocation,omitempty"`
+	// Violations are writes that may have gone out after the node's lease had
+	// ended, of ViolationBytes together.
+	Violations     uint64 `json:"violations,omitempty"`
+	ViolationBytes uint64 `json:"violation_bytes,omitempty"`
+	Admitted       uint64 `json:"admitted"`
+	Refused        uint64 `json:"refused"`
+	Held           uint64 `json:"held"`
+	Rows           uint64 `json:"rows"`
+	BytesOut       uint64 `json:"bytes_out"`
 }
-
-// Fence is the session's gate. It implements protocols.Fence. Leases will add
-// a deadline here: Check is asked before every write in either direction.
-type Fence struct {
-	tripped atomic.Pointer[protocols.Refusal]
-}
-
-// Check returns nil, or why the session must stop.
-func (f *Fence) Check() error {
-	if r := f.tripped.Load(); r != nil {
-		return r
-	}
-	return nil
-}
-
-func (f *Fence) trip(r *protocols.Refusal) { f.tripped.CompareAndSwap(nil, r) }
 
 // Entry is one live session.
 type Entry struct {
@@ -65,7 +55,6 @@ type Entry struct {
 	info Info
 	mu   struct {
 		sync.Mutex
-		lease  protocols.Lease
 		reset  func()
 		cut    bool
 		closed bool
@@ -73,17 +62,16 @@ type Entry struct {
 	done chan struct{}
 }
 
-// NewEntry returns an entry for Registry.Add.
-func NewEntry(info Info) *Entry {
-	return &Entry{info: info, done: make(chan struct{})}
+// NewEntry returns an entry for Registry.Add. lease is the node's, as this
+// session's mode has it.
+func NewEntry(info Info, lease Lease) *Entry {
+	e := &Entry{info: info, done: make(chan struct{})}
+	e.Fence.lease = lease
+	return e
 }
 
-// SetLease tells what to stop at the target when the session is cut.
-func (e *Entry) SetLease(l protocols.Lease) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.mu.lease = l
-}
+// OnFreeze sets what makes blocked writes return to the fence.
+func (e *Entry) OnFreeze(interrupt func()) { e.Fence.onInterrupt(interrupt) }
 
 // OnCut sets what resets both legs. If the session has been cut already, it
 // is called at once.
@@ -102,9 +90,12 @@ func (e *Entry) Info() Info {
 	i := e.info
 	i.Admitted, i.Refused, i.Held = e.Stats.Admitted.Load(), e.Stats.Refused.Load(), e.Stats.Held.Load()
 	i.Rows, i.BytesOut = e.Stats.Rows.Load(), e.Stats.BytesOut.Load()
+	i.Violations, i.ViolationBytes = e.Fence.Violations()
 	switch {
 	case e.Fence.Check() != nil:
 		i.State = "cutting"
+	case !e.Fence.Frozen().IsZero():
+		i.State = "frozen"
 	case e.Waiting.Load() > 0:
 		i.State = "held"
 	default:
@@ -113,32 +104,19 @@ func (e *Entry) Info() Info {
 	return i
 }
 
-// killTimeout bounds how long the target may take to stop what runs before
-// both legs are reset all the same.
-const killTimeout = 3 * time.Second
-
-// Cut stops the session and returns when its goroutines have ended or ctx
-// does. From its first line on, no byte passes: the fence has tripped. Then,
-// in this order: cancel, terminate what still runs, reset both legs, wait.
+// Cut stops the session and returns when its goroutines have ended, and its
+// target was told to stop what still runs, or when ctx ends. From its first
+// line on, no byte passes: the fence has tripped. Then both legs are reset, so
+// that the kernel drops what it has not sent.
 func (e *Entry) Cut(ctx context.Context, why *protocols.Refusal) error {
-	e.Fence.trip(why)
+	e.Fence.Trip(why)
 	e.mu.Lock()
 	first := !e.mu.cut
 	e.mu.cut = true
-	lease, reset := e.mu.lease, e.mu.reset
+	reset := e.mu.reset
 	e.mu.Unlock()
-	if first {
-		if lease != nil {
-			kctx, cancel := context.WithTimeout(ctx, killTimeout)
-			// An error leaves nothing to do here: the legs are reset next, and
-			// the account has lost its login and is dropped at release.
-			_ = lease.Cancel(kctx)
-			_ = lease.Terminate(kctx)
-			cancel()
-		}
-		if reset != nil {
-			reset()
-		}
+	if first && reset != nil {
+		reset()
 	}
 	select {
 	case <-e.done:
@@ -146,6 +124,12 @@ func (e *Entry) Cut(ctx context.Context, why *protocols.Refusal) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+func (e *Entry) cutting() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.mu.cut
 }
 
 // Registry knows the live sessions of this node.
@@ -218,31 +202,105 @@ func (r *Registry) Get(id string) *Entry {
 // Has reports whether the session is live here.
 func (r *Registry) Has(id string) bool { return r.Get(id) != nil }
 
-// CutWhere cuts every session that match holds for, all at once, and returns
-// how many there were when all of them have ended or ctx has.
+// Cutting is what Trip began: sessions that pass nothing any more, and have
+// not all ended.
+type Cutting struct {
+	Sessions int
+	entries  []*Entry
+	why      *protocols.Refusal
+}
+
+// Trip trips the fence of every session that match holds for. When it returns,
+// none of them begins another write. End does the rest.
+func (r *Registry) Trip(match func(Info) bool, why *protocols.Refusal) *Cutting {
+	hit := r.where(match)
+	for _, e := range hit {
+		e.Fence.Trip(why)
+	}
+	return &Cutting{Sessions: len(hit), entries: hit, why: why}
+}
+
+// End cuts the sessions, all at once, and returns when all have ended or ctx has.
+func (c *Cutting) End(ctx context.Context) error {
+	errs := make(chan error, len(c.entries))
+	for _, e := range c.entries {
+		go func() { errs <- e.Cut(ctx, c.why) }()
+	}
+	var first error
+	for range c.entries {
+		if err := <-errs; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// Violations of the sessions being cut.
+func (c *Cutting) Violations() (writes, bytes uint64) {
+	for _, e := range c.entries {
+		w, b := e.Fence.Violations()
+		writes, bytes = writes+w, bytes+b
+	}
+	return writes, bytes
+}
+
+// CutWhere cuts every session that match holds for, and returns how many there
+// were when all of them have ended or ctx has.
 func (r *Registry) CutWhere(ctx context.Context, match func(Info) bool, why *protocols.Refusal) (int, error) {
+	c := r.Trip(match, why)
+	return c.Sessions, c.End(ctx)
+}
+
+// Freeze stops every session that match holds for, until Thaw of the same id.
+func (r *Registry) Freeze(id string, match func(Info) bool) {
+	for _, e := range r.where(match) {
+		e.Fence.Freeze(id)
+	}
+}
+
+// Thaw ends a Freeze of that id.
+func (r *Registry) Thaw(id string) {
+	for _, e := range r.where(func(Info) bool { return true }) {
+		e.Fence.Thaw(id)
+	}
+}
+
+func (r *Registry) where(match func(Info) bool) []*Entry {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	var hit []*Entry
 	for _, e := range r.mu.entries {
 		if match(e.info) {
 			hit = append(hit, e)
 		}
 	}
-	r.mu.Unlock()
-	for _, e := range hit {
-		e.Fence.trip(why) // all stop passing bytes before the first is torn down
-	}
-	errs := make(chan error, len(hit))
-	for _, e := range hit {
-		go func() { errs <- e.Cut(ctx, why) }()
-	}
-	var first error
-	for range hit {
-		if err := <-errs; err != nil && first == nil {
-			first = err
+	return hit
+}
+
+// lookEvery is how often idle sessions are looked at when nothing happens.
+const lookEvery = time.Second
+
+// Run freezes sessions when the node's lease ends, lets them go on when it is
+// back, and cuts those that stood still for too long, until ctx ends. changed
+// is closed when the lease is lost or gained. Sessions that have something to
+// write need none of this; idle ones do, and writes that wait for their peer.
+func (r *Registry) Run(ctx context.Context, changed func() <-chan struct{}) error {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		next := changed()
+		for _, e := range r.where(func(Info) bool { return true }) {
+			if why := e.Fence.Look(); why != nil && !e.cutting() {
+				go func() { _ = e.Cut(ctx, why) }() // ends with the session, or ctx
+			}
+		}
+		select {
+		case <-next:
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
 		}
 	}
-	return len(hit), first
 }
 
 // Drain refuses new sessions and waits for those there are; when ctx ends

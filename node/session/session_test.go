@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
-	"sync"
+	"slices"
 	"testing"
 	"time"
 
@@ -13,49 +13,32 @@ import (
 
 var why = &protocols.Refusal{Rule: "revocation/1", Reason: "leaked"}
 
-// recordingLease notes the order in which a cut does things.
-type recordingLease struct {
-	protocols.Lease
-	note func(string)
-}
-
-func (l recordingLease) Cancel(context.Context) error { l.note("cancel"); return nil }
-func (l recordingLease) Terminate(context.Context) error {
-	l.note("terminate")
-	return errors.New("gone already")
-}
-
+// From the first line of a cut on no write begins; then the legs are reset.
 func TestCutOrder(t *testing.T) {
 	r := NewRegistry(10)
-	e := NewEntry(Info{ID: "s1", Subject: "ci/a"})
+	e := NewEntry(Info{ID: "s1", Subject: "ci/a"}, Lease{})
 	if refusal := r.Add(e); refusal != nil {
 		t.Fatal(refusal)
 	}
-	var mu sync.Mutex
 	var order []string
 	note := func(s string) {
-		mu.Lock()
-		defer mu.Unlock()
 		if e.Fence.Check() == nil {
 			t.Errorf("%s before the fence tripped", s)
 		}
 		order = append(order, s)
 	}
-	e.SetLease(recordingLease{note: note})
+	e.OnFreeze(func() { note("interrupt") })
 	e.OnCut(func() { note("reset"); go r.Done(e) })
 
 	n, err := r.CutWhere(t.Context(), func(i Info) bool { return i.Subject == "ci/a" }, why)
 	if n != 1 || err != nil {
 		t.Fatalf("cut %d, %v", n, err)
 	}
-	want := []string{"cancel", "terminate", "reset"}
-	for i := range want {
-		if i >= len(order) || order[i] != want[i] {
-			t.Fatalf("order %v, want %v", order, want)
-		}
+	if got := slices.Compact(order); !slices.Equal(got, []string{"interrupt", "reset"}) {
+		t.Fatalf("order %v", order)
 	}
 	var refusal *protocols.Refusal
-	if err := e.Fence.Check(); !errors.As(err, &refusal) || refusal.Rule != why.Rule {
+	if err := e.Fence.Enter(nil); !errors.As(err, &refusal) || refusal.Rule != why.Rule {
 		t.Fatalf("the fence says %v", err)
 	}
 	if len(r.List()) != 0 {
@@ -66,7 +49,7 @@ func TestCutOrder(t *testing.T) {
 // A cut is not reported done while the session's goroutines run.
 func TestCutWaitsForTheEnd(t *testing.T) {
 	r := NewRegistry(10)
-	e := NewEntry(Info{ID: "s1"})
+	e := NewEntry(Info{ID: "s1"}, Lease{})
 	r.Add(e)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -81,7 +64,7 @@ func TestCutWaitsForTheEnd(t *testing.T) {
 
 // A session cut before it has legs is reset as soon as it has.
 func TestCutBeforeOnCut(t *testing.T) {
-	e := NewEntry(Info{ID: "s1"})
+	e := NewEntry(Info{ID: "s1"}, Lease{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	_ = e.Cut(ctx, why)
@@ -94,7 +77,7 @@ func TestCutBeforeOnCut(t *testing.T) {
 
 func TestRegistryLimitsAndDrain(t *testing.T) {
 	r := NewRegistry(1)
-	a, b := NewEntry(Info{ID: "a"}), NewEntry(Info{ID: "b"})
+	a, b := NewEntry(Info{ID: "a"}, Lease{}), NewEntry(Info{ID: "b"}, Lease{})
 	if refusal := r.Add(a); refusal != nil {
 		t.Fatal(refusal)
 	}

@@ -78,8 +78,11 @@ type Session struct {
 	Lease  *Lease
 	Ended  chan recording.Ending
 
-	fence atomic.Pointer[protocols.Refusal]
-	cut   atomic.Pointer[func()]
+	fence     atomic.Pointer[protocols.Refusal]
+	frozen    atomic.Pointer[chan struct{}]
+	cut       atomic.Pointer[func()]
+	interrupt atomic.Pointer[func()]
+	passed    atomic.Int64
 }
 
 // New returns a node in front of target, with everything permitted.
@@ -190,6 +193,7 @@ func (n *Node) openSession(_ context.Context, _ *protocols.Session, subject *pol
 		Sensitive: n.sensitive, Deadline: n.deadline, Stats: &protocols.Stats{},
 		Credential: func(context.Context) (protocols.Lease, error) { return s.Lease, nil },
 		OnCut:      func(reset func()) { s.cut.Store(&reset) },
+		OnFreeze:   func(interrupt func()) { s.interrupt.Store(&interrupt) },
 		Close:      func(e recording.Ending) { s.Ended <- e },
 	}
 	n.sessions = append(n.sessions, s)
@@ -204,10 +208,46 @@ func (s *Session) Check() error {
 	return nil
 }
 
+// Enter implements protocols.Fence.
+func (s *Session) Enter(gone <-chan struct{}) error {
+	for {
+		if err := s.Check(); err != nil {
+			return err
+		}
+		frozen := s.frozen.Load()
+		if frozen == nil {
+			return nil
+		}
+		select {
+		case <-*frozen:
+		case <-gone:
+			return net.ErrClosed
+		}
+	}
+}
+
+// Leave implements protocols.Fence.
+func (s *Session) Leave(bytes int) { s.passed.Add(int64(bytes)) }
+
+// Passed is how many bytes have gone through the fence, both ways together.
+func (s *Session) Passed() int64 { return s.passed.Load() }
+
+// Freeze stops the session until thaw is called.
+func (s *Session) Freeze() (thaw func()) {
+	ch := make(chan struct{})
+	s.frozen.Store(&ch)
+	if i := s.interrupt.Load(); i != nil {
+		(*i)()
+	}
+	return func() {
+		s.frozen.Store(nil)
+		close(ch)
+	}
+}
+
 // Revoke cuts the session as a node does.
 func (s *Session) Revoke(reason string) {
 	s.fence.Store(&protocols.Refusal{Rule: "revoked", Reason: reason})
-	s.Lease.Terminate(context.Background())
 	if cut := s.cut.Load(); cut != nil {
 		(*cut)()
 	}
@@ -255,6 +295,7 @@ func (n *Node) Serve(p protocols.Protocol) {
 			if n.wrap != nil {
 				c = n.wrap(c)
 			}
+			c = protocols.NewGate(c)
 			secured := n.secured
 			n.mu.Unlock()
 			n.serving.Go(func() {
