@@ -16,6 +16,7 @@ import (
 
 	"github.com/sallyport/sallyport/chaos/cluster"
 	"github.com/sallyport/sallyport/node/api"
+	"github.com/sallyport/sallyport/raftstore/event"
 )
 
 // testConfiguration applies what must be refused, whole.
@@ -312,13 +313,19 @@ func testLeader(t *testing.T, s *suite) {
 		if err := json.Unmarshal([]byte(out), &after); err != nil {
 			return fmt.Sprintf("no revocation since the leader died: %v", err)
 		}
-		// The dead node cannot confirm, and revoke says so.
-		if err == nil || !strings.Contains(err.Error(), leader.Name+" has not confirmed") {
-			t.Errorf("revoke with a dead node says: %v", err)
+		// The dead node cannot confirm: it is waited for until its lease is over.
+		for _, n := range after.Nodes {
+			want := event.FenceConfirmed
+			if n.Node == leader.Name {
+				want = event.FenceExpired
+			}
+			if n.State != want || !after.Complete || err != nil {
+				t.Errorf("revoke with a dead node: %s is %s (%s), complete %v, %v", n.Node, n.State, n.Detail, after.Complete, err)
+			}
 		}
 		return ""
 	})
-	// It returned later: it waits for the dead node to confirm.
+	// It returned later: it waits for the dead node's lease to end.
 	took := after.At.Sub(killed)
 	if t.Logf("a change was committed %v after the leader's death", took.Round(time.Millisecond)); took > 10*time.Second {
 		t.Error("that is too long")

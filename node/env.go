@@ -49,6 +49,10 @@ func (n *Node) newEnv() *protocols.Env {
 // that this node has folded it, before its sessions are cut.
 func (n *Node) decide(req *policy.Request) (policy.Decision, uint64) {
 	v := n.state.View()
+	b := state.BearerOf(req.Subject).At(n.cfg.Name, targetOf(req.Pairs))
+	if r := n.fences.refuses(&b); r != nil { // in force, and not in the view yet
+		return policy.Decision{Rule: r.Rule, Reason: r.Reason}, v.ConfigIndex
+	}
 	return decideAt(v, n.cfg.Name, req), v.ConfigIndex
 }
 
@@ -138,8 +142,8 @@ func (n *Node) authenticate(ctx context.Context, cred *protocols.Credential) (*p
 	subject, err := n.verifier.Verify(ctx, cred.Token)
 	if err == nil {
 		b := state.BearerOf(subject).At(n.cfg.Name, "")
-		if rev := n.state.View().Refuses(&b); rev != nil {
-			err = &protocols.AuthError{Code: "revoked", Reason: rev.Why()}
+		if r := n.refused(&b); r != nil {
+			err = &protocols.AuthError{Code: "revoked", Reason: r.Reason}
 		}
 	}
 	if err != nil {
@@ -191,9 +195,6 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 			Detail: map[string]string{"protocol": want.Protocol, "client": client, "profile": want.Profile, "token_id": subject.TokenID}})
 		return nil, r
 	}
-	if refusal := n.leases.admits(ctx); refusal != nil {
-		return refuse(refusal)
-	}
 	target, refusal := n.targetFor(v, want)
 	if refusal != nil {
 		return refuse(refusal)
@@ -215,6 +216,9 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 		return refuse(&protocols.Refusal{Rule: "no-role", Code: "28000",
 			Reason: fmt.Sprintf("target %s maps none of the groups %v to a role%s", want.Target, subject.Groups, profileNote(want.Profile))})
 	}
+	if refusal := n.admits(ctx, d.Obligations.Tolerance, subject.ID(), want.Target); refusal != nil {
+		return refuse(refusal)
+	}
 	now := time.Now()
 	id := newSessionID()
 	deadline := now.Add(target.MaxSession)
@@ -228,11 +232,13 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 		n.log.Error("a recording could not be begun; the session is refused", "err", err)
 		return refuse(&protocols.Refusal{Rule: "no-record", Reason: "this node cannot record now, and nothing is forwarded unrecorded: connect to another node or tell its operator", Code: "57P03"})
 	}
-	e := session.NewEntry(session.Info{
+	info := session.Info{
 		ID: id, Node: n.cfg.Name, Subject: subject.ID(), Target: want.Target, Profile: want.Profile, Database: want.Database, Client: client,
 		Application: want.ApplicationName, Started: now, Deadline: deadline, PolicyIndex: index,
 		Claims: subject.Claims, Groups: subject.Groups, TokenID: subject.TokenID, Issued: subject.IssuedAt,
-	})
+		Revocation: d.Obligations.Tolerance.String(),
+	}
+	e := session.NewEntry(info, n.sessionLease(d.Obligations.Tolerance, func() *protocols.Refusal { return n.rejudge(info, subject, req) }))
 	closeRecord := func(end recording.Ending) {
 		if err := w.Close(end); err != nil {
 			n.log.Error("completing a recording", "session", id, "err", err)
@@ -244,10 +250,10 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 	}
 	// Registered: a revocation from now on finds the session. One before it is
 	// in the state by now.
-	if rev := n.state.View().Refuses(bearer(e.Info())); rev != nil {
+	if r := n.refused(bearer(info)); r != nil {
 		n.sessions.Done(e)
-		closeRecord(recording.Ending{At: now, Reason: "revoked"})
-		return refuse(&protocols.Refusal{Rule: "revoked", Reason: rev.Why(), Code: "28000"})
+		closeRecord(recording.Ending{At: now, Reason: "revoked", Detail: r.Reason})
+		return refuse(&protocols.Refusal{Rule: "revoked", Reason: r.Reason, Code: "28000"})
 	}
 	var once sync.Once
 	return &protocols.Access{
@@ -259,12 +265,15 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 			if err != nil {
 				return nil, err
 			}
-			e.SetLease(l)
 			return &backgroundRelease{Lease: l, n: n, id: id}, nil
 		},
-		OnCut: e.OnCut,
+		OnCut: e.OnCut, OnFreeze: e.OnFreeze,
 		Close: func(end recording.Ending) {
 			once.Do(func() {
+				if writes, bytes := e.Fence.Violations(); writes > 0 {
+					n.log.Warn("writes of a session may have gone out after this node's lease had ended", "session", id, "writes", writes, "bytes", bytes)
+					end.Detail = strings.TrimPrefix(fmt.Sprintf("%s; %d write(s) of %d bytes may have gone out after the node's lease had ended", end.Detail, writes, bytes), "; ")
+				}
 				n.sessions.Done(e)
 				n.tokens.drop(subject)
 				closeRecord(end)
@@ -411,7 +420,8 @@ func (n *Node) apiDeps() api.Deps {
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,
-		Fence: n.fence, Leave: n.leave, Release: n.members.release, Health: n.health, LocalStatus: n.status, Audit: n.audit.call,
+		Grantor: n.leases.grantor, Lease: n.cfg.Lease, FreezeHere: n.freezeHere, Folded: n.leases.folded.Load,
+		Leave: n.leave, Release: n.members.release, Health: n.health, LocalStatus: n.status, Audit: n.audit.call,
 		Now: time.Now, Log: n.log,
 	}
 }
@@ -453,22 +463,15 @@ func (n *Node) authenticateRequest(ctx context.Context, r *http.Request, body []
 	return subject, proof, err
 }
 
-// fence answers when this node has stopped everything of the revocations up to
-// event seq.
-func (n *Node) fence(ctx context.Context, seq uint64) (event.NodeFenced, error) {
-	// Folding is not enough: the view is there before its listeners have cut.
-	for n.fences.handled.Load() < seq {
-		changed := n.state.Changed()
-		if n.fences.handled.Load() >= seq {
-			break
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return event.NodeFenced{}, fmt.Errorf("this node has not received the revocation: %w", ctx.Err())
-		}
-	}
-	return n.fences.wait(ctx, seq)
+// freezeFor is how long a node freezes what is to be revoked when there is no
+// leader to decide it: as long as a leader's own Freeze.
+const freezeFor = 5 * time.Second
+
+// freezeHere stops the sessions that a revocation would end, for a moment.
+func (n *Node) freezeHere(id event.ID, sc event.Scope) {
+	name := "here/" + id.String()
+	n.sessions.Freeze(name, func(i session.Info) bool { return bearer(i).Ends(sc) })
+	time.AfterFunc(freezeFor, func() { n.sessions.Thaw(name) })
 }
 
 // errRemoved stops a node that is taken out of the cluster.

@@ -2,90 +2,131 @@ package node
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/sallyport/sallyport/node/session"
 	"github.com/sallyport/sallyport/node/state"
 	"github.com/sallyport/sallyport/protocols"
 	"github.com/sallyport/sallyport/raftstore/event"
+	"github.com/sallyport/sallyport/raftstore/fence"
 )
 
-const (
-	// fenceWait bounds how long the sessions of a revoked subject may take to
-	// end. They pass nothing meanwhile.
-	fenceWait = 15 * time.Second
-	// keepFences is how many results are kept for who asks late.
-	keepFences = 1000
-)
-
-// fences enforces revocations on this node: one run for each, begun when the
-// event is folded, whoever asks or does not ask about it.
+// fences enforces revocations on this node. It is the fence.Enforcer: what it
+// is told, it does without waiting.
+//
+// A revocation may come by the fence's stream before this node has folded its
+// event. Until then it stands in early, so that nobody gets in who was revoked.
 type fences struct {
-	node     string
+	log      *slog.Logger
+	state    *state.Projection
 	sessions *session.Registry
-	mu       sync.Mutex
-	runs     map[uint64]*fenceRun // by the revocation's event
-	order    []uint64
-	handled  atomic.Uint64  // every revocation up to this event has been begun
-	wg       sync.WaitGroup // runs; the node waits for them when it stops
+	early    atomic.Pointer[[]enforced] // never nil; its content never changes
+	mu       sync.Mutex                 // held to replace early
+
+	ending sync.WaitGroup // sessions being cut; the node waits for them when it stops
+	stop   context.Context
 }
 
-type fenceRun struct {
-	done   chan struct{}
-	result event.NodeFenced
-	err    error
+// enforced is a revocation in force here.
+type enforced struct {
+	seq uint64
+	p   event.Revoked
+	why *protocols.Refusal
 }
 
-func newFences(r *session.Registry, node string) *fences {
-	return &fences{node: node, sessions: r, runs: map[uint64]*fenceRun{}}
+var _ fence.Enforcer = (*fences)(nil)
+
+// newFences returns the fences of a node that stops with ctx.
+func newFences(ctx context.Context, p *state.Projection, r *session.Registry, log *slog.Logger) *fences {
+	f := &fences{log: log, state: p, sessions: r, stop: ctx}
+	f.early.Store(&[]enforced{})
+	return f
 }
 
-// begin cuts the sessions that the revocation e ends. The state that v is part
-// of refuses new ones already. It does not wait.
-func (f *fences) begin(_ *state.View, e event.Event) {
-	p, err := event.Decode[event.Revoked](e)
-	if err != nil {
-		return // folding it would have failed before
+func endedBy(p event.Revoked) func(session.Info) bool {
+	return func(i session.Info) bool { return bearer(i).EndedBy(p) }
+}
+
+// Freeze implements fence.Enforcer.
+func (f *fences) Freeze(id fence.ID, payload []byte) {
+	var p event.Revoked
+	if err := json.Unmarshal(payload, &p); err != nil {
+		return // a hint that cannot be read; the revocation will not be this one
 	}
-	run := &fenceRun{done: make(chan struct{})}
-	f.mu.Lock()
-	f.runs[e.Seq] = run
-	f.order = append(f.order, e.Seq)
-	if len(f.order) > keepFences {
-		delete(f.runs, f.order[0])
-		f.order = f.order[1:]
+	f.sessions.Freeze(event.ID(id).String(), endedBy(p))
+}
+
+// Thaw implements fence.Enforcer.
+func (f *fences) Thaw(id fence.ID) { f.sessions.Thaw(event.ID(id).String()) }
+
+// note is what a node says with its acknowledgement.
+type note struct {
+	Sessions   int    `json:"sessions"`             // live sessions that it cut
+	Violations uint64 `json:"violations,omitempty"` // of theirs
+	Bytes      uint64 `json:"bytes,omitempty"`
+}
+
+// Enforce implements fence.Enforcer: first nobody gets in, then nobody begins
+// another write, then the sessions are taken down, and when their goroutines
+// have ended and their targets were told to stop, it is quiet.
+func (f *fences) Enforce(r fence.Revocation) <-chan []byte {
+	quiet := make(chan []byte, 1)
+	var p event.Revoked
+	if err := json.Unmarshal(r.Payload, &p); err != nil {
+		// Never acknowledged, so never reported as done. The event itself, which
+		// comes by the log, stops the node if it cannot be read.
+		f.log.Error("a revocation cannot be read", "seq", r.Seq, "err", err)
+		return quiet
 	}
-	f.mu.Unlock()
-	f.wg.Go(func() {
-		defer close(run.done)
-		ctx, cancel := context.WithTimeout(context.Background(), fenceWait)
-		defer cancel()
-		why := &protocols.Refusal{Rule: "revocation/" + p.ID, Reason: fmt.Sprintf("access of %s has been revoked: %s", p.Ends(), p.Reason), Code: "57P01"}
-		n, err := f.sessions.CutWhere(ctx, func(i session.Info) bool { return bearer(i).EndedBy(p) }, why)
-		if err != nil {
-			run.err = fmt.Errorf("%d session(s) pass nothing any more but have not ended: %w", n, err)
-			return
+	why := &protocols.Refusal{Rule: "revocation/" + p.ID, Reason: fmt.Sprintf("access of %s has been revoked: %s", p.Ends(), p.Reason), Code: "57P01"}
+	if f.state.View().Seq < r.Seq {
+		f.mu.Lock()
+		early := append(slices.Clone(*f.early.Load()), enforced{r.Seq, p, why})
+		f.early.Store(&early)
+		f.mu.Unlock()
+	}
+	cutting := f.sessions.Trip(endedBy(p), why)
+	say := func() {
+		n := note{Sessions: cutting.Sessions}
+		n.Violations, n.Bytes = cutting.Violations()
+		b, _ := json.Marshal(n)
+		quiet <- b
+	}
+	if cutting.Sessions == 0 {
+		say()
+		return quiet
+	}
+	f.ending.Go(func() {
+		if err := cutting.End(f.stop); err == nil {
+			say()
 		}
-		run.result = event.NodeFenced{Node: f.node, State: "confirmed", At: time.Now().UTC(), Sessions: n}
 	})
+	return quiet
 }
 
-// wait returns how the revocation at seq went here. A node that folded it
-// before its last start has no session from before.
-func (f *fences) wait(ctx context.Context, seq uint64) (event.NodeFenced, error) {
+// folded says that all revocations up to v are in the state.
+func (f *fences) folded(v *state.View) {
 	f.mu.Lock()
-	run := f.runs[seq]
-	f.mu.Unlock()
-	if run == nil {
-		return event.NodeFenced{Node: f.node, State: "confirmed", At: time.Now().UTC()}, nil
+	defer f.mu.Unlock()
+	early := *f.early.Load()
+	if slices.ContainsFunc(early, func(e enforced) bool { return e.seq <= v.Seq }) {
+		early = slices.DeleteFunc(slices.Clone(early), func(e enforced) bool { return e.seq <= v.Seq })
+		f.early.Store(&early)
 	}
-	select {
-	case <-run.done:
-		return run.result, run.err
-	case <-ctx.Done():
-		return event.NodeFenced{}, ctx.Err()
+}
+
+// refuses returns why b is refused by a revocation in force here that the state
+// may not have yet, or nil.
+func (f *fences) refuses(b *state.Bearer) *protocols.Refusal {
+	for _, e := range *f.early.Load() {
+		if b.EndedBy(e.p) {
+			return e.why
+		}
 	}
+	return nil
 }

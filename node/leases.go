@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/state"
-	"github.com/sallyport/sallyport/protocols"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/fence"
 	"github.com/sallyport/sallyport/raftstore/transport"
@@ -163,42 +162,4 @@ func (l *leases) stop(idle bool) {
 	} else {
 		l.holder.GiveUp(errStopping)
 	}
-}
-
-// admits waits, while a new leader is elected, for a lease to let a new session
-// in with.
-func (l *leases) admits(ctx context.Context) *protocols.Refusal {
-	ctx, cancel := context.WithTimeout(ctx, l.n.cfg.Lease)
-	defer cancel()
-	for {
-		changed := l.holder.Changed()
-		if l.holder.Check(0) == nil {
-			return nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return &protocols.Refusal{Rule: "no-quorum", Code: "57P03",
-				Reason: "this node has lost the cluster's leader, so it cannot know what was revoked and lets nobody in: connect to another node"}
-		}
-	}
-}
-
-// enforcer is this node as the fence sees it: a revocation is enforced when its
-// event is folded, and at rest when its sessions have ended.
-type enforcer struct{ n *Node }
-
-func (enforcer) Freeze(fence.ID, []byte) {}
-func (enforcer) Thaw(fence.ID)           {}
-
-func (e enforcer) Enforce(r fence.Revocation) <-chan []byte {
-	quiet := make(chan []byte, 1)
-	e.n.background.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), fenceWait)
-		defer cancel()
-		if _, err := e.n.fence(ctx, r.Seq); err == nil {
-			quiet <- nil
-		}
-	})
-	return quiet
 }

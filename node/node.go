@@ -36,6 +36,7 @@ import (
 	"github.com/sallyport/sallyport/node/state"
 	"github.com/sallyport/sallyport/node/tunnel"
 	"github.com/sallyport/sallyport/node/vault"
+	"github.com/sallyport/sallyport/policy"
 	"github.com/sallyport/sallyport/protocols"
 	"github.com/sallyport/sallyport/protocols/postgres"
 	"github.com/sallyport/sallyport/raftstore"
@@ -84,6 +85,8 @@ type Node struct {
 	targets    *targets
 	fences     *fences
 	leases     *leases
+	tolerance  atomic.Int64 // the most that the rules in force tolerate; a policy.Tolerance
+	letIn      letIn
 	postgres   *postgres.Protocol
 	env        *protocols.Env
 	tokens     tokenKeep
@@ -262,8 +265,10 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.targets = newTargets(n)
 	onStop(n.targets.close)
-	n.fences = newFences(n.sessions, n.cfg.Name)
-	n.leases = n.newLeases(enforcer{n})
+	cutting, stopCutting := context.WithCancel(context.WithoutCancel(ctx))
+	onStop(stopCutting)
+	n.fences = newFences(cutting, n.state, n.sessions, n.log)
+	n.leases = n.newLeases(n.fences)
 	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
 	n.members = newMembership(n)
 	n.approvals = approval.New(approval.Env{
@@ -286,7 +291,8 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		if gerr := g.Wait(); gerr != nil && err == nil {
 			err = gerr
 		}
-		n.fences.wg.Wait()
+		stopCutting()
+		n.fences.ending.Wait()
 		n.background.Wait()
 	})
 	run := func(what string, f func(context.Context) error) {
@@ -305,7 +311,8 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("leases", n.leases.run)
 	run("bootstrap", n.bootstrap)
 	run("sweeper", n.targets.sweep)
-	run("contact", n.watchContact)
+	run("sessions", func(ctx context.Context) error { return n.sessions.Run(ctx, n.leases.holder.Changed) })
+	run("revocations", n.api.CompleteRevocations)
 	run("members", n.reconcileMembers)
 	run("voters", n.members.run)
 	run("feature level", n.raiseLevel)
@@ -329,7 +336,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		MaxConnections: n.cfg.MaxConnections, MaxUnauthenticated: n.cfg.MaxUnauthenticated, MaxUnauthenticatedPerIP: n.cfg.MaxUnauthenticatedPerIP,
 		Log: n.log,
 	})
-	run("listener", func(context.Context) error { return ls.Run(lctx, ln) })
+	run("listener", func(context.Context) error { return ls.Run(lctx, gated{ln}) })
 	n.serving.Store(true)
 	n.log.Info("node is up", "addr", n.cfg.Addr, "cluster", n.cluster, "recordings", dest.String(), "dev", n.cfg.Dev)
 
@@ -467,36 +474,6 @@ func (n *Node) catchUp(ctx context.Context) error {
 	}
 }
 
-// cutOffAfter is how long sessions stay frozen without a lease.
-const cutOffAfter = 60 * time.Second
-
-// watchContact cuts all sessions of a node that has been cut off, or removed
-// without hearing of it: it cannot know what was revoked.
-func (n *Node) watchContact(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	last := time.Now()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil
-		}
-		if n.leases.holder.Check(0) == nil {
-			last = time.Now()
-			continue
-		}
-		if time.Since(last) < cutOffAfter || len(n.sessions.List()) == 0 {
-			continue
-		}
-		n.log.Error("cutting all sessions: no leader has been heard for too long to know what was revoked", "limit", cutOffAfter)
-		cctx, cancel := context.WithTimeout(ctx, fenceWait)
-		_, _ = n.sessions.CutWhere(cctx, func(session.Info) bool { return true }, &protocols.Refusal{Rule: "no-quorum", Code: "57P01",
-			Reason: "this node has lost the cluster's leader for too long to know what was revoked: connect to another node"})
-		cancel()
-	}
-}
-
 // reconcileMembers completes, at the leader, removals that were interrupted
 // between Raft's configuration and the event.
 func (n *Node) reconcileMembers(ctx context.Context) error {
@@ -553,7 +530,6 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 	for _, e := range events {
 		switch e.Type {
 		case event.TypeRevoked:
-			n.fences.begin(v, e)
 			if p, err := event.Decode[event.Revoked](e); err == nil && p.Ends().Kind == event.ScopeNode && p.Ends().Value != n.cfg.Name {
 				n.endpoint.Disconnect(p.Ends().Value)
 			}
@@ -569,8 +545,13 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 			}
 		}
 	}
+	most := policy.Strict
+	if v.Config != nil {
+		most = v.Config.Policies.LargestTolerance()
+	}
+	n.tolerance.Store(int64(most))
 	n.leases.onChange(v, events)
-	n.fences.handled.Store(v.Seq)
+	n.fences.folded(v)
 }
 
 // serveHTTP serves the API over connections with TLS on.

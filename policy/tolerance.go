@@ -70,6 +70,17 @@ func parseTolerance(v string) (Tolerance, error) {
 	return 0, fmt.Errorf(`@revocation(%q): want "strict" (the default), "bounded(5m)" or "best_effort"`, v)
 }
 
+// LeastBounded is the smallest bound of a bounded(S), 0 when there is none.
+func (s *Set) LeastBounded() time.Duration {
+	var least time.Duration
+	for _, r := range s.rules {
+		if d := time.Duration(r.tolerance); r.tolerance != Strict && r.tolerance != BestEffort && (least == 0 || d < least) {
+			least = d
+		}
+	}
+	return least
+}
+
 // LargestTolerance is the most that a rule grants to a session:
 // no session that s permits has a larger one. A nil Set permits none.
 func (s *Set) LargestTolerance() Tolerance {

@@ -38,6 +38,10 @@ func TestTolerance(t *testing.T) {
 			t.Errorf("%s: at most %v, want %v", name, most, c.most)
 		}
 	}
+	set, _ := Compile([]File{{"p.cedar", []byte(`@revocation("bounded(2m)")` + scope + `@revocation("bounded(1m)")` + scope + `@revocation("best_effort")` + scope + scope)}})
+	if d := set.LeastBounded(); d != time.Minute {
+		t.Errorf("least bound %v", d)
+	}
 	if (*Set)(nil).LargestTolerance() != Strict {
 		t.Error("no rules tolerate something")
 	}

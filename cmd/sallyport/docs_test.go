@@ -38,7 +38,7 @@ func TestCLIReference(t *testing.T) {
 	var b bytes.Buffer
 	root := newRoot()
 	fmt.Fprintf(&b, "# Commands\n\nWritten by `go test ./cmd/sallyport -rewrite`; `sallyport COMMAND --help` shows the same.\n\n")
-	fmt.Fprintf(&b, "%s\n\n%s\n", "Exit codes: 0 done; 1 failed, refused, or (verify, doctor, revoke) not as it should be; 2 not understood.",
+	fmt.Fprintf(&b, "%s\n\n%s\n", "Exit codes: 0 done; 1 failed, refused, or (verify, doctor) not as it should be; 2 not understood; 3 (revoke, revocations show --wait) the revocation stands and not every node is known to have stopped.",
 		"Flags of every command:\n")
 	flags(&b, root.PersistentFlags())
 	fmt.Fprint(&b, "\nA flag wins over its environment variable, both win over what `sallyport login` stored.\n")

@@ -20,7 +20,8 @@ var version = "0.1.0-dev"
 
 func main() { os.Exit(run(os.Args[1:])) }
 
-// run is main for tests too. Exit codes: 0 done, 1 failed, 2 not understood.
+// run is main for tests too. Exit codes: 0 done, 1 failed, 2 not understood,
+// 3 a revocation that stands and is not in force everywhere.
 func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -46,7 +47,17 @@ func run(args []string) int {
 		fmt.Fprintln(os.Stderr, "Try `sallyport --help`.")
 		return 2
 	}
+	var code exitError
+	if errors.As(err, &code) {
+		return code.code
+	}
 	return 1
+}
+
+// exitError is an error with an exit code of its own.
+type exitError struct {
+	code int
+	error
 }
 
 // onRun has f called before any command of the tree runs.

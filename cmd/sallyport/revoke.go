@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,21 +16,38 @@ import (
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
+// exitUnfenced is the exit code of a revocation that stands, while not every
+// node is known to have stopped.
+const exitUnfenced = 3
+
+// waitEach is how long one call waits; a revocation is waited for by as many
+// as it takes.
+const waitEach = 20 * time.Second
+
 func revokeCommand(f *clientFlags) *cobra.Command {
 	var scope scopeFlags
 	var reason, undo string
+	var timeout time.Duration
 	c := &cobra.Command{
 		Use: "revoke SCOPE --reason TEXT", Short: "End access on every node, now", Args: noArgs,
-		Long: `Commits the revocation, ends the live sessions that it names on every node,
-refuses new ones, and prints for each node when it took effect. The target's own
-credentials are not touched. Exit code 1 means that a node did not confirm.
+		Long: `Commits the revocation, ends the live sessions that it names on every node and
+refuses new ones. Then it waits until every node has stopped, and prints how that
+is known of each: confirmed, or fenced by expiry (it did not answer, and its
+lease has certainly ended). A node that is neither is unconfirmed, with the time
+at which its lease certainly ends, or no bound where a rule says best_effort.
 
 SCOPE is one of --subject, --group, --claim, --repository, --run, --session,
---target, --token and --node.`,
+--target, --token and --node. The target's own credentials are not touched.
+
+Exit code 0: no node passes a byte of it any more. 3: the revocation stands, and
+some node is unconfirmed when --timeout was over or nothing bounds it; the
+cluster goes on by itself, and sallyport revocations show ID --wait tells the
+end of it. 1: it failed, and nothing was revoked as far as is known.`,
 		Example: `  sallyport revoke --subject 'ci/repo:acme/shop:ref:refs/heads/main' --reason 'leaked token'
-  sallyport revoke --repository acme/shop --reason 'compromised dependency'
+  sallyport revoke --repository acme/shop --reason 'compromised dependency' --timeout 5s
   sallyport revoke --claim environment=staging --reason 'drill'
-  sallyport revoke --token - --reason 'seen in a log' < leaked.jwt`,
+  sallyport revoke --token - --reason 'seen in a log' < leaked.jwt
+  sallyport revoke --undo 3f2a9c01d4 --reason 'false alarm'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if undo != "" {
 				return undoRevocation(cmd, f, undo, reason)
@@ -41,33 +60,129 @@ SCOPE is one of --subject, --group, --claim, --repository, --run, --session,
 			if err != nil {
 				return err
 			}
-			start := time.Now()
-			r, err := cl.Revoke(cmd.Context(), sc, reason)
+			w := newWaiting(cmd, cl, timeout)
+			r, err := cl.Revoke(cmd.Context(), sc, reason, w.next(2*time.Second))
 			if err != nil {
 				return err
 			}
-			if f.json {
-				if err := printJSON(cmd.OutOrStdout(), r); err != nil {
-					return err
-				}
-			} else {
-				say(cmd.OutOrStdout(), "Revoked %s (revocation %s, index %d) in %v.", r.Scope, r.ID, r.Index, time.Since(start).Round(time.Millisecond))
-				printFenced(cmd, r)
+			if !f.json {
+				say(cmd.OutOrStdout(), "Revoked %s (revocation %s, index %d).", r.Scope, r.ID, r.Index)
 			}
-			for _, n := range r.Nodes {
-				if n.State != "confirmed" {
-					return fmt.Errorf("node %s has not confirmed (%s): it refuses and cuts as soon as it learns of the revocation; until then stop it or cut it off from its targets", n.Node, n.Detail)
-				}
-			}
-			return nil
+			return w.finish(f, r)
 		},
 	}
 	scope.register(c)
 	c.Flags().StringVar(&undo, "undo", "", "undo the revocation of this id instead; the same as revocations undo")
 	c.MarkFlagsOneRequired(append(scopeNames, "undo")...)
 	c.MarkFlagsMutuallyExclusive(append(scopeNames, "undo")...)
+	c.Flags().DurationVar(&timeout, "timeout", 0, "return after this time whether every node has stopped or not; 0 waits for all")
 	reasonFlag(c, &reason)
 	return c
+}
+
+// waiting waits for a revocation to be in force.
+type waiting struct {
+	cmd     *cobra.Command
+	cl      *api.Client
+	began   time.Time
+	timeout time.Duration // 0: none
+	shown   string
+}
+
+func newWaiting(cmd *cobra.Command, cl *api.Client, timeout time.Duration) *waiting {
+	return &waiting{cmd: cmd, cl: cl, began: time.Now(), timeout: timeout}
+}
+
+// next is how long the next call may wait.
+func (w *waiting) next(most time.Duration) time.Duration {
+	if w.timeout > 0 {
+		most = min(most, w.timeout-time.Since(w.began))
+	}
+	return max(most, time.Millisecond)
+}
+
+// settled says that waiting longer would not tell more: every node has stopped,
+// or only nodes are left that nothing bounds.
+func settled(r *api.RevocationInfo) bool {
+	return r.Complete || (len(r.Nodes) > 0 && !slices.ContainsFunc(r.Nodes, func(n event.NodeFenced) bool {
+		return n.State == event.FenceUnconfirmed && !n.NoBound
+	}))
+}
+
+// finish waits, says on a terminal what for, and prints how it ended.
+func (w *waiting) finish(f *clientFlags, r *api.RevocationInfo) error {
+	for !settled(r) && (w.timeout == 0 || time.Since(w.began) < w.timeout) {
+		w.progress(r)
+		again, err := w.cl.Revocation(w.cmd.Context(), r.ID, w.next(waitEach))
+		if err != nil {
+			if w.cmd.Context().Err() != nil {
+				return err
+			}
+			// Most often no leader for a moment. The revocation stands whatever
+			// becomes of us, so this is not the moment to give up.
+			select {
+			case <-time.After(w.next(time.Second)):
+			case <-w.cmd.Context().Done():
+			}
+			continue
+		}
+		if len(again.Nodes) > 0 && !again.Complete && !settled(again) {
+			select { // a node without a leader answers at once
+			case <-time.After(w.next(200 * time.Millisecond)):
+			case <-w.cmd.Context().Done():
+			}
+		}
+		r = again
+	}
+	out := w.cmd.OutOrStdout()
+	if f.json {
+		if err := printJSON(out, r); err != nil {
+			return err
+		}
+	} else {
+		printFenced(w.cmd, r)
+		if r.Complete {
+			say(out, "No node passes a byte of it any more (%v).", time.Since(w.began).Round(time.Millisecond))
+		}
+	}
+	return unfenced(r)
+}
+
+// unfenced is the error of a revocation that is not in force everywhere.
+func unfenced(r *api.RevocationInfo) error {
+	if r.Complete {
+		return nil
+	}
+	names := []string{}
+	for _, n := range r.Nodes {
+		if n.State == event.FenceUnconfirmed {
+			names = append(names, n.Node)
+		}
+	}
+	return exitError{exitUnfenced, fmt.Errorf("the revocation stands, and %d node(s) are not confirmed (%s); the cluster goes on by itself: `sallyport revocations show %s --wait`",
+		len(names), strings.Join(names, ", "), r.ID)}
+}
+
+// progress tells somebody who sits before it what is waited for.
+func (w *waiting) progress(r *api.RevocationInfo) {
+	file, ok := w.cmd.ErrOrStderr().(*os.File)
+	if !ok || !isTerminal(file) {
+		return
+	}
+	for _, n := range r.Nodes {
+		if n.State != event.FenceUnconfirmed {
+			continue
+		}
+		line := fmt.Sprintf("Waiting for node %s (%s)", n.Node, n.Detail)
+		if !n.LeaseEnds.IsZero() {
+			line += fmt.Sprintf(": its lease certainly ends at %s", stamp(n.LeaseEnds))
+		}
+		if line != w.shown {
+			w.shown = line
+			say(file, "%s", line)
+		}
+		return
+	}
 }
 
 // scopeFlags name what is to be revoked; one of them.
@@ -126,17 +241,27 @@ func (f *scopeFlags) scope(in io.Reader) (event.Scope, error) {
 func printFenced(cmd *cobra.Command, r *api.RevocationInfo) {
 	var rows [][]string
 	for _, n := range r.Nodes {
-		took := ""
+		took, ends, level := "", stamp(n.LeaseEnds), ""
 		if !n.At.IsZero() {
-			took = n.At.Sub(r.At).Round(100 * time.Microsecond).String()
+			took = max(0, n.At.Sub(r.At)).Round(100 * time.Microsecond).String()
 		}
-		rows = append(rows, []string{n.Node, n.State, stamp(n.At), took, fmt.Sprint(n.Sessions), n.Detail})
+		if n.NoBound {
+			ends = "no bound"
+		}
+		if n.Level > 0 {
+			level = fmt.Sprint(n.Level)
+		}
+		late := ""
+		if n.Violations > 0 {
+			late = fmt.Sprintf("%d (%d bytes)", n.Violations, n.Bytes)
+		}
+		rows = append(rows, []string{n.Node, n.State, took, level, fmt.Sprint(n.Sessions), late, ends, n.Detail})
 	}
-	table(cmd.OutOrStdout(), "NODE STATE EFFECTIVE AFTER-COMMIT SESSIONS-CUT DETAIL", rows)
+	table(cmd.OutOrStdout(), "NODE STATE AFTER LEVEL SESSIONS-CUT LATE-WRITES LEASE-ENDS DETAIL", rows)
 }
 
 func revocationsCommand(f *clientFlags) *cobra.Command {
-	c := &cobra.Command{Use: "revocations", Short: "List and undo revocations"}
+	c := &cobra.Command{Use: "revocations", Short: "List, show and undo revocations"}
 	list := &cobra.Command{
 		Use: "list", Short: "List revocations", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -153,26 +278,73 @@ func revocationsCommand(f *clientFlags) *cobra.Command {
 			}
 			var rows [][]string
 			for _, r := range rs {
-				state := "in force"
+				state, fenced := "in force", "not everywhere yet"
 				switch {
 				case !r.Undone.IsZero():
 					state = "undone " + stamp(r.Undone)
 				case !r.Until.IsZero():
 					state = "for tokens until " + stamp(r.Until)
 				}
-				rows = append(rows, []string{r.ID, r.Scope.String(), state, stamp(r.At), r.Reason})
+				if r.Complete {
+					fenced = stamp(r.Fenced)
+				}
+				rows = append(rows, []string{r.ID, r.Scope.String(), state, stamp(r.At), fenced, r.Reason})
 			}
-			table(cmd.OutOrStdout(), "ID SCOPE STATE AT REASON", rows)
+			table(cmd.OutOrStdout(), "ID SCOPE STATE AT FENCED REASON", rows)
 			return nil
 		},
 	}
+	var wait bool
+	var timeout time.Duration
+	show := &cobra.Command{
+		Use: "show ID", Short: "Show how far a revocation is in force on each node", Args: exactArgs("ID"),
+		Long: `Shows how each node stands to a revocation. With --wait it waits until every
+node has stopped, as revoke does, with the same exit codes.`,
+		Example: `  sallyport revocations show 3f2a9c01d4 --wait`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cl, err := f.client()
+			if err != nil {
+				return err
+			}
+			w := newWaiting(cmd, cl, timeout)
+			r, err := cl.Revocation(cmd.Context(), args[0], 0)
+			if err != nil {
+				return err
+			}
+			if !f.json {
+				say(cmd.OutOrStdout(), "%s, revoked %s: %s", r.Scope, stamp(r.At), r.Reason)
+				if !r.Undone.IsZero() {
+					say(cmd.OutOrStdout(), "Undone %s: %s", stamp(r.Undone), r.UndoReason)
+				}
+				if r.Limit != "" {
+					say(cmd.OutOrStdout(), "A node that cannot be reached may go on for: %s", r.Limit)
+				}
+			}
+			if wait {
+				return w.finish(f, r)
+			}
+			if f.json {
+				return printJSON(cmd.OutOrStdout(), r)
+			}
+			printFenced(cmd, r)
+			return nil
+		},
+	}
+	show.Flags().BoolVar(&wait, "wait", false, "wait until every node has stopped")
+	show.Flags().DurationVar(&timeout, "timeout", 0, "with --wait: return after this time all the same; 0 waits for all")
 	var reason string
 	undo := &cobra.Command{
 		Use: "undo ID --reason TEXT", Short: "Undo a revocation; credentials issued before stay dead", Args: exactArgs("ID"),
-		RunE: func(cmd *cobra.Command, args []string) error { return undoRevocation(cmd, f, args[0], reason) },
+		Long: `Undoes a revocation of a subject, group, claim or target. Tokens issued up to a
+minute after it stay dead where the revocation stood, since clocks may differ by
+that much: get a new one. Revocations of sessions, tokens and nodes are not
+undone: a session does not come back, a token was issued before, and a node's
+keys are not trusted again.`,
+		Example: `  sallyport revocations undo 3f2a9c01d4 --reason 'false alarm'`,
+		RunE:    func(cmd *cobra.Command, args []string) error { return undoRevocation(cmd, f, args[0], reason) },
 	}
 	reasonFlag(undo, &reason)
-	c.AddCommand(list, undo)
+	c.AddCommand(list, show, undo)
 	return c
 }
 

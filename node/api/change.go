@@ -61,6 +61,9 @@ func (s *Server) apply(w http.ResponseWriter, r *request) (any, error) {
 		}
 		return nil, &Failure{p}
 	}
+	if err := s.checkRevocations(v, b); err != nil {
+		return nil, err
+	}
 	if _, taken := b.Providers[policy.BootstrapProvider]; taken {
 		return nil, invalid("no identity provider may be named %q", policy.BootstrapProvider)
 	}

@@ -244,9 +244,16 @@ func (c *Client) Vote(ctx context.Context, id, digest string, approve bool, comm
 	return call[Committed](ctx, c, http.MethodPost, "/v1/approvals/"+url.PathEscape(id)+"/"+verb+"?digest="+url.QueryEscape(digest), VoteRequest{comment})
 }
 
-// Revoke ends what the scope says everywhere and reports when, per node.
-func (c *Client) Revoke(ctx context.Context, scope event.Scope, reason string) (*RevocationInfo, error) {
-	return call[RevocationInfo](ctx, c, http.MethodPost, "/v1/revocations", RevokeRequest{Scope: scope, Reason: reason})
+// Revoke ends what the scope says, waits up to wait for every node to have
+// stopped (0: 20 s), and reports how each stands.
+func (c *Client) Revoke(ctx context.Context, scope event.Scope, reason string, wait time.Duration) (*RevocationInfo, error) {
+	return call[RevocationInfo](ctx, c, http.MethodPost, "/v1/revocations", RevokeRequest{Scope: scope, Reason: reason, Timeout: wait})
+}
+
+// Revocation shows one, waiting up to wait, at most a minute, for every node to
+// have stopped.
+func (c *Client) Revocation(ctx context.Context, id string, wait time.Duration) (*RevocationInfo, error) {
+	return call[RevocationInfo](ctx, c, http.MethodGet, "/v1/revocations/"+url.PathEscape(id)+"?wait="+wait.String(), nil)
 }
 
 // Revocations lists all of them.

@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/sallyport/sallyport/node/approval"
@@ -87,9 +88,14 @@ type Deps struct {
 	Open       func(name string, sealed event.Sealed) ([]byte, error)
 	// SignNode issues a member's certificate for a role, wrapping the vault for it.
 	SignNode func(req *JoinRequest, role string) (event.NodeInfo, error)
-	// Fence returns when this node has stopped everything of the revocations
-	// known up to seq.
-	Fence func(ctx context.Context, seq uint64) (event.NodeFenced, error)
+	// Grantor knows, at the leader, how far a revocation is in force. Lease is
+	// the length of the leases that it grants.
+	Grantor Grantor
+	Lease   time.Duration
+	// FreezeHere stops for a moment what a revocation of the scope would end here.
+	FreezeHere func(id event.ID, sc event.Scope)
+	// Folded is the number up to which this node acts on what it has folded.
+	Folded func() uint64
 	// Leave lets this node's sessions go on for drain, ends them and stops the
 	// node; it returns when none is left.
 	Leave func(ctx context.Context, drain time.Duration)
@@ -111,13 +117,15 @@ type Server struct {
 	Deps
 	large  chan struct{}  // places for large bodies
 	past   chan struct{}  // places for questions about the past
+	ready  chan fenced    // revocations in force, to be stored so
+	known  atomic.Uint64  // index of a configuration that every node acts on; at the leader
 	public *http.ServeMux // for clients, and for other nodes that hand a call on
 	mesh   *http.ServeMux // for other nodes only
 }
 
 // NewServer returns a Server.
 func NewServer(d Deps) *Server {
-	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), past: make(chan struct{}, maxPast), public: http.NewServeMux(), mesh: http.NewServeMux()}
+	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), past: make(chan struct{}, maxPast), ready: make(chan fenced, maxReady), public: http.NewServeMux(), mesh: http.NewServeMux()}
 	s.routes()
 	return s
 }
@@ -148,6 +156,7 @@ func (s *Server) routes() {
 	change("POST /v1/approvals/{id}/approve", "", s.vote(true))
 	change("POST /v1/approvals/{id}/deny", "", s.vote(false))
 	read("GET /v1/revocations", policy.StatusRead, s.listRevocations)
+	read("GET /v1/revocations/{id}", policy.StatusRead, s.showRevocation)
 	change("POST /v1/revocations", policy.Revoke, s.revoke)
 	change("POST /v1/revocations/{id}/undo", policy.Revoke, s.undo)
 	read("GET /v1/recordings", policy.RecordingsRead, s.listObjects)
@@ -165,7 +174,8 @@ func (s *Server) routes() {
 	s.mesh.HandleFunc("GET /mesh/v1/sessions", s.meshSessions)
 	s.mesh.HandleFunc("GET /mesh/v1/health", s.meshHealth)
 	s.mesh.HandleFunc("POST /mesh/v1/propose", s.meshPropose)
-	s.mesh.HandleFunc("POST /mesh/v1/fence", s.meshFence)
+	s.mesh.HandleFunc("GET /mesh/v1/folded", s.meshFolded)
+	s.mesh.HandleFunc("GET /mesh/v1/revocations/{id}", s.meshRevocation)
 	s.mesh.HandleFunc("POST /mesh/v1/leave", s.meshLeave)
 	s.mesh.HandleFunc("POST /mesh/v1/cosign", s.meshCosign)
 }
@@ -248,7 +258,8 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 			return
 		}
 		peer := tunnel.Peer(hr.Context())
-		if change && peer != "" && !s.Store.IsLeader() {
+		freeze := action == policy.Revoke && peer != "" && hr.Header.Get(freezeHeader) != ""
+		if change && peer != "" && !freeze && !s.Store.IsLeader() {
 			// Before the credential is looked at: a signed request is good once.
 			fail(w, &Problem{Code: "unavailable", Error: "this node is not the leader", Status: http.StatusMisdirectedRequest})
 			return
@@ -284,7 +295,10 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 				return
 			}
 		}
-		if change && !s.Store.IsLeader() {
+		if change && !freeze && !s.Store.IsLeader() {
+			if leader, _ := s.Store.Leader(); leader == "" && action == policy.Revoke {
+				s.freezeAll(hr, body)
+			}
 			s.toLeader(w, hr, body)
 			return
 		}
@@ -293,6 +307,11 @@ func (s *Server) call(action policy.Action, change bool, h handler) http.Handler
 		if err := s.audit(hr, action, subject, "permit", "", ""); err != nil {
 			s.Log.Error("an API call is refused since it cannot be recorded", "err", err)
 			fail(w, &Problem{Code: "unavailable", Error: "this node cannot record now, and nothing happens unrecorded: try another node", Status: http.StatusServiceUnavailable})
+			return
+		}
+		if freeze {
+			s.freezeOnly(hr, body)
+			reply(w, struct{}{})
 			return
 		}
 		v, err := h(w, req)
@@ -421,7 +440,7 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 			fail(w, &Problem{Code: "unavailable", Error: "the cluster has just elected this node its leader; try again", Status: http.StatusServiceUnavailable})
 			return
 		} else if try >= leaderTries {
-			fail(w, &Problem{Code: "unavailable", Error: "the cluster has no leader: a majority of its voters must be running; see `sallyport status`", Status: http.StatusServiceUnavailable})
+			fail(w, &Problem{Code: "unavailable", Error: "no quorum: the cluster has no leader, a majority of its voters must be running; see `sallyport status`", Status: http.StatusServiceUnavailable})
 			return
 		}
 		select {

@@ -30,6 +30,8 @@ type rig struct {
 	subject *policy.Subject
 	permit  map[policy.Action]bool
 	deaf    bool // nothing can be recorded
+	grantor grantor
+	frozen  []event.Scope
 	mu      sync.Mutex
 	audited []recording.Entry
 	asked   []policy.Action
@@ -75,9 +77,8 @@ func newRig(t *testing.T) *rig {
 			}
 			return nil
 		},
-		Fence: func(context.Context, uint64) (event.NodeFenced, error) {
-			return event.NodeFenced{State: "confirmed"}, nil
-		},
+		Grantor: &r.grantor, Lease: 100 * time.Millisecond, FreezeHere: func(_ event.ID, sc event.Scope) { r.frozen = append(r.frozen, sc) },
+		Folded:      func() uint64 { return st.View().Seq },
 		LocalStatus: func(context.Context) NodeStatus { return NodeStatus{} },
 		Audit: func(e *recording.Entry) error {
 			if r.deaf {
@@ -139,6 +140,7 @@ var routes = []struct {
 	{"POST", "/v1/approvals/x/deny?digest=00", `{}`, ""},
 	{"GET", "/v1/revocations", "", policy.StatusRead},
 	{"POST", "/v1/revocations", `{"subject":"ci/x","reason":"y"}`, policy.Revoke},
+	{"GET", "/v1/revocations/x?wait=1s", "", policy.StatusRead},
 	{"POST", "/v1/revocations/x/undo", `{"reason":"y"}`, policy.Revoke},
 	{"GET", "/v1/recordings?prefix=sessions/", "", policy.RecordingsRead},
 	{"GET", "/v1/recordings/object?key=sessions/x", "", policy.RecordingsRead},

@@ -209,20 +209,29 @@ type RevokeRequest struct {
 	Reason string      `json:"reason"`
 	// Subject is short for the scope of a subject.
 	Subject string `json:"subject,omitempty"`
+	// Timeout is how long the answer waits for every node to have stopped, at
+	// most a minute; 0 means 20 s. The cluster goes on by itself.
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
 }
 
 // RevocationInfo is a revocation and what it did.
 type RevocationInfo struct {
-	ID         string             `json:"id"`
-	Scope      event.Scope        `json:"scope"`
-	Reason     string             `json:"reason"`
-	At         time.Time          `json:"at"`
-	Index      uint64             `json:"index"`
-	Until      time.Time          `json:"until,omitzero"` // only credentials issued until then end; zero: all
-	Undone     time.Time          `json:"undone,omitzero"`
-	UndoReason string             `json:"undo_reason,omitempty"`
-	Fenced     time.Time          `json:"fenced,omitzero"` // when it was stored that every node has stopped
-	Nodes      []event.NodeFenced `json:"nodes,omitempty"`
+	ID         string      `json:"id"`
+	Scope      event.Scope `json:"scope"`
+	Reason     string      `json:"reason"`
+	At         time.Time   `json:"at"`
+	Index      uint64      `json:"index"`
+	Until      time.Time   `json:"until,omitzero"` // only credentials issued until then end; zero: all
+	Undone     time.Time   `json:"undone,omitzero"`
+	UndoReason string      `json:"undo_reason,omitempty"`
+	// Complete says that no node passes a byte of it any more. Fenced is when
+	// that was stored.
+	Complete bool      `json:"complete"`
+	Fenced   time.Time `json:"fenced,omitzero"`
+	// Limit is how long a node that cannot be reached may pass on what was
+	// revoked, by the rules and leases in force: a duration, or "no bound".
+	Limit string             `json:"limit,omitempty"`
+	Nodes []event.NodeFenced `json:"nodes,omitempty"`
 }
 
 // UndoRequest undoes a revocation.
