@@ -51,8 +51,7 @@ type Info struct {
 // States of a Member.
 const (
 	Alive   = "alive"
-	Suspect = "suspect" // it did not answer, and may yet say that it is well
-	Dead    = "dead"
+	Dead    = "dead"    // it did not answer several others, or said that it leaves
 	Unknown = "unknown" // never heard
 )
 
@@ -86,21 +85,15 @@ type Gossip struct {
 	o  Options
 	mu struct {
 		sync.Mutex
-		list  *memberlist.Memberlist // nil until the key is there
-		since map[string]change
+		heard map[string]Member // of members, those ever heard
 	}
 	probe, gossip time.Duration // tests are in a hurry
-}
-
-type change struct {
-	state string
-	at    time.Time
 }
 
 // New returns a Gossip; Run makes it live.
 func New(o Options) *Gossip {
 	g := &Gossip{o: o, probe: time.Second, gossip: 200 * time.Millisecond}
-	g.mu.since = map[string]change{}
+	g.mu.heard = map[string]Member{}
 	return g
 }
 
@@ -121,22 +114,16 @@ func (g *Gossip) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	g.mu.Lock()
-	g.mu.list = list
-	g.mu.Unlock()
 	tick := time.NewTicker(rejoinEvery)
 	defer tick.Stop()
 	said := g.meta()
 	for {
 		g.rejoin(list)
-		g.Members() // takes note of since when
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			g.mu.Lock()
-			g.mu.list = nil
-			g.mu.Unlock()
-			return errors.Join(list.Leave(leaveTimeout), list.Shutdown())
+			_ = list.Leave(leaveTimeout) // who does not hear it in time finds out
+			return list.Shutdown()
 		}
 		if now := g.meta(); string(now) != string(said) {
 			said = now
@@ -176,6 +163,7 @@ func (g *Gossip) config(t *transport, ring *memberlist.Keyring) *memberlist.Conf
 	c.ProbeInterval, c.ProbeTimeout, c.GossipInterval = g.probe, g.probe/2, g.gossip
 	c.Delegate = delegate{g}
 	c.Alive = delegate{g}
+	c.Events = delegate{g}
 	c.DNSConfigPath = ""
 	c.LogOutput = nil
 	c.Logger = log.New(logWriter{g.o.Log}, "", 0)
@@ -184,14 +172,10 @@ func (g *Gossip) config(t *transport, ring *memberlist.Keyring) *memberlist.Conf
 
 // rejoin calls those members that are not heard.
 func (g *Gossip) rejoin(list *memberlist.Memberlist) {
-	heard := map[string]bool{}
-	for _, n := range list.Members() {
-		heard[n.Name] = true
-	}
 	var missing []string
-	for _, name := range g.o.Members() {
-		if !heard[name] && name != g.o.Node {
-			missing = append(missing, name+"/"+anywhere.String())
+	for _, m := range g.Members() {
+		if m.State != Alive && m.Name != g.o.Node {
+			missing = append(missing, m.Name+"/"+anywhere.String())
 		}
 	}
 	if len(missing) > 0 {
@@ -201,51 +185,38 @@ func (g *Gossip) rejoin(list *memberlist.Memberlist) {
 
 // Members is what is said of all members, by name.
 func (g *Gossip) Members() []Member {
-	g.mu.Lock()
-	list := g.mu.list
-	g.mu.Unlock()
-	heard := map[string]*memberlist.Node{}
-	if list != nil {
-		for _, n := range list.Members() {
-			heard[n.Name] = n
-		}
-	}
 	names := slices.Clone(g.o.Members())
 	slices.Sort(names)
 	out := make([]Member, 0, len(names))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, name := range names {
-		m := Member{Name: name, State: Unknown}
-		before, known := g.mu.since[name]
-		switch n := heard[name]; {
-		case n != nil:
-			m.State = Alive
-			if n.State == memberlist.StateSuspect {
-				m.State = Suspect
-			}
-			_ = json.Unmarshal(n.Meta, &m.Info) // a hint that cannot be read is none
-			m.clip()
-		case known:
-			m.State = Dead
-		}
-		if before.state != m.State {
-			before = change{m.State, time.Now()}
-			g.mu.since[name] = before
-		}
-		if m.State != Unknown {
-			m.Since = before.at
-		} else {
-			delete(g.mu.since, name)
+		m, known := g.mu.heard[name]
+		if !known {
+			m = Member{Name: name, State: Unknown}
 		}
 		out = append(out, m)
 	}
-	for name := range g.mu.since { // who is no member any more is forgotten
+	for name := range g.mu.heard { // who is no member any more is forgotten
 		if _, ok := slices.BinarySearch(names, name); !ok {
-			delete(g.mu.since, name)
+			delete(g.mu.heard, name)
 		}
 	}
 	return out
+}
+
+// hear takes note of what memberlist tells. It holds locks of its own then, and
+// the node is not to be kept.
+func (g *Gossip) hear(n *memberlist.Node, state string) {
+	m := Member{Name: n.Name, State: state, Since: time.Now().UTC()}
+	_ = json.Unmarshal(n.Meta, &m.Info) // a hint that cannot be read is none
+	m.clip()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if before := g.mu.heard[n.Name]; before.State == state {
+		m.Since = before.Since
+	}
+	g.mu.heard[n.Name] = m
 }
 
 // clip bounds what comes from others or goes to them.
@@ -273,6 +244,10 @@ func (delegate) NotifyMsg([]byte)                  {}
 func (delegate) GetBroadcasts(int, int) [][]byte   { return nil }
 func (delegate) LocalState(bool) []byte            { return nil }
 func (delegate) MergeRemoteState(_ []byte, _ bool) {}
+
+func (d delegate) NotifyJoin(n *memberlist.Node)   { d.g.hear(n, Alive) }
+func (d delegate) NotifyUpdate(n *memberlist.Node) { d.g.hear(n, Alive) }
+func (d delegate) NotifyLeave(n *memberlist.Node)  { d.g.hear(n, Dead) }
 
 var errNoMember = errors.New("not a member of the cluster")
 

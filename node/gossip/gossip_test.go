@@ -16,7 +16,7 @@ import (
 // web is a network of nodes that dial each other by name.
 type web struct {
 	t       *testing.T
-	mu      sync.Mutex
+	mu      *sync.Mutex // guards addrs, which two webs may share
 	addrs   map[string]string
 	members []string
 }
@@ -34,7 +34,7 @@ type node struct {
 }
 
 func newWeb(t *testing.T, members ...string) *web {
-	return &web{t: t, addrs: map[string]string{}, members: members}
+	return &web{t: t, mu: new(sync.Mutex), addrs: map[string]string{}, members: members}
 }
 
 func (w *web) dial(ctx context.Context, name string) (net.Conn, error) {
@@ -145,7 +145,7 @@ func TestStrangers(t *testing.T) {
 	other := sha256.Sum256([]byte("another"))
 	c := w.start("c", other[:])
 	stranger := newWeb(t, "a", "b", "x")
-	stranger.addrs = w.addrs
+	stranger.addrs, stranger.mu = w.addrs, w.mu
 	x := stranger.start("x", clusterKey[:])
 	a.says("b", is(Alive))
 	x.says("x", is(Alive))
@@ -158,13 +158,12 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 		n.Gossip.mu.Lock()
-		list := n.Gossip.mu.list
-		n.Gossip.mu.Unlock()
-		for _, m := range list.Members() {
-			if m.Name == "x" || m.Name == "c" {
-				t.Errorf("%s has %s on its list", n.name, m.Name)
+		for name := range n.Gossip.mu.heard {
+			if name == "x" || name == "c" {
+				t.Errorf("%s has heard %s", n.name, name)
 			}
 		}
+		n.Gossip.mu.Unlock()
 	}
 	if m := c.Members(); m[0].State != Unknown {
 		t.Errorf("who has not the key hears: %+v", m)
