@@ -2,7 +2,6 @@ package chaos
 
 import (
 	"context"
-	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -13,11 +12,12 @@ import (
 	"github.com/sallyport/sallyport/raftstore/event"
 )
 
-// TestMembers has five nodes of which three vote. A voter is killed, the leader
-// is removed, another voter is removed: each is replaced, clients are served by
-// whoever is left, and no acknowledged change is lost.
+// TestMembers has five nodes that may vote, of which three do, and a gateway. A
+// voter is killed, the leader is removed, another voter is removed: each is
+// replaced, clients are served by the gateway all the while, and no acknowledged
+// change is lost.
 func TestMembers(t *testing.T) {
-	s := start(t, cluster.Options{Nodes: 5})
+	s := start(t, cluster.Options{Nodes: 6, Gateways: 1})
 	ctx := t.Context()
 	token := s.job(t, "member", "main", nil)
 	removed := map[*cluster.Node]bool{}
@@ -63,14 +63,14 @@ func TestMembers(t *testing.T) {
 			time.Sleep(200 * time.Millisecond)
 		}
 	}
-	m := until("three voters and two subscribers", func(m *api.Members) bool {
+	m := until("three voters and three subscribers", func(m *api.Members) bool {
 		well := 0
 		for _, n := range m.Members {
 			if n.Healthy && (n.Voter || n.Health.State == "subscriber" && n.Health.Source != "") {
 				well++
 			}
 		}
-		return well == 5 && len(voters(m)) == 3
+		return well == 6 && len(voters(m)) == 3
 	})
 	byName := map[string]*cluster.Node{}
 	for _, n := range s.Nodes {
@@ -83,15 +83,10 @@ func TestMembers(t *testing.T) {
 			t.Fatalf("%s: %v %q", n.Name, err, out)
 		}
 	}
-	var spare *cluster.Node // one that subscribes
-	for _, n := range s.Nodes {
-		if !voters(m)[n.Name] {
-			spare = n
-		}
-	}
-	served(spare)
+	gateway := s.Nodes[5]
+	served(gateway)
 
-	// Changes all the while, through a node that stays.
+	// Changes all the while, through the gateway.
 	var (
 		mu    sync.Mutex
 		acked = map[uint64]bool{}
@@ -99,7 +94,7 @@ func TestMembers(t *testing.T) {
 	)
 	lctx, stop := context.WithCancel(ctx)
 	defer stop()
-	writer, err := s.AdminClient(spare.Addr)
+	writer, err := s.AdminClient(gateway.Addr)
 	s.must(t, err)
 	wg.Go(func() {
 		for lctx.Err() == nil {
@@ -126,11 +121,11 @@ func TestMembers(t *testing.T) {
 		}
 	}
 	dead.Kill()
-	m = until(dead.Name+" is replaced", func(m *api.Members) bool {
+	until(dead.Name+" is replaced", func(m *api.Members) bool {
 		v := voters(m)
-		return len(v) == 3 && !v[dead.Name]
+		return len(v) == 3 && !v[dead.Name] && !v[gateway.Name]
 	})
-	served(spare)
+	served(gateway)
 	// When it is back it subscribes: it is still a node of the cluster.
 	s.must(t, dead.Start())
 	until(dead.Name+" subscribes", func(m *api.Members) bool {
@@ -147,7 +142,7 @@ func TestMembers(t *testing.T) {
 	for range 2 {
 		m = members()
 		gone := byName[m.Leader]
-		if gone == nil || gone == spare || !first[gone.Name] {
+		if gone == nil || !first[gone.Name] {
 			for name := range voters(m) {
 				if first[name] && name != dead.Name {
 					gone = byName[name]
@@ -157,13 +152,13 @@ func TestMembers(t *testing.T) {
 		if gone == nil {
 			t.Fatalf("nobody to remove: %+v", m)
 		}
-		s.cli(t, on(spare, s.AdminEnv()), "cluster", "remove", gone.Name, "--reason", "replaced", "--drain", "0s")
+		s.cli(t, on(gateway, s.AdminEnv()), "cluster", "remove", gone.Name, "--reason", "replaced", "--drain", "0s")
 		removed[gone] = true
 		until(gone.Name+" is replaced", func(m *api.Members) bool {
 			v := voters(m)
-			return len(v) == 3 && !v[gone.Name] && m.Leader != "" && m.Leader != gone.Name
+			return len(v) == 3 && !v[gone.Name] && !v[gateway.Name] && m.Leader != "" && m.Leader != gone.Name
 		})
-		served(spare)
+		served(gateway)
 	}
 	stop()
 	wg.Wait()
@@ -192,5 +187,5 @@ func TestMembers(t *testing.T) {
 			t.Errorf("change %d was acknowledged and is lost", seq)
 		}
 	}
-	t.Log(fmt.Sprintf("%d changes acknowledged, %d stored", len(acked), len(stored)))
+	t.Logf("%d changes acknowledged, %d stored", len(acked), len(stored))
 }

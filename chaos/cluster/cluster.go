@@ -36,6 +36,7 @@ import (
 // Options say what to start. The zero value is three nodes with the files of defaultFiles.
 type Options struct {
 	Nodes    int    // default 3
+	Gateways int    // of Nodes, the last, which join without the right to vote
 	Binary   string // sallyport; default Binary()
 	Postgres pgserver.Options
 	// Files of the configuration; one of the same name replaces one of
@@ -264,7 +265,11 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	} else {
 		c.opts.Log("joining node %s at %s", name, addr)
 		var token string
-		if token, err = c.CLI(ctx, c.AdminEnv(), "cluster", "token", "create"); err == nil {
+		role := pki.Voter
+		if i >= c.opts.Nodes-c.opts.Gateways {
+			role = pki.Gateway
+		}
+		if token, err = c.CLI(ctx, c.AdminEnv(), "cluster", "token", "create", "--role", role); err == nil {
 			_, err = c.CLI(ctx, nil, append([]string{"cluster", "join", "--token", strings.TrimSpace(token), "--server", c.running()[0].Addr}, settings...)...)
 		}
 	}
