@@ -133,12 +133,7 @@ func playFullDisk(ctx context.Context, w *World) error {
 		if err != nil {
 			return err
 		}
-		tctx, cancel := context.WithTimeout(ctx, time.Minute)
-		err = n.Terminate(tctx)
-		cancel()
-		if err != nil {
-			return err
-		}
+		w.kill(n)
 		path := filepath.Join(n.DataDir, dir)
 		if err := onSmallDisk(path, 256<<20); err != nil {
 			w.skip("full disks", err)
