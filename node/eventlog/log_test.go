@@ -119,7 +119,7 @@ func (m *member) start() {
 	m.fatal = make(chan error, 4)
 	var err error
 	m.svc, err = Open(Options{
-		Dir: m.dir, Node: m.name, Store: m, Keys: func() []crypto.Signer { return m.keys },
+		Dir: m.dir, Node: m.name, Store: m, Keys: func() []crypto.Signer { m.mu.Lock(); defer m.mu.Unlock(); return m.keys },
 		FeatureLevel: func() uint32 { m.mu.Lock(); defer m.mu.Unlock(); return m.level },
 		Ask:          m.ask, Objects: m.dest, Fatal: func(err error) { m.fatal <- err },
 		Log: slog.New(slog.DiscardHandler), Every: 20 * time.Millisecond, Events: 100,
@@ -145,13 +145,17 @@ func (m *member) ask(ctx context.Context, node string, r *Request) (*Reply, erro
 	m.mu.Lock()
 	o := m.nodes[node]
 	ok := o != nil && !o.down
+	var change func(*Reply)
+	if o != nil {
+		change = o.answer
+	}
 	m.mu.Unlock()
 	if !ok {
 		return nil, errors.New("it does not answer")
 	}
 	rep, err := o.svc.Cosign(ctx, r)
-	if err == nil && o.answer != nil {
-		o.answer(rep)
+	if err == nil && change != nil {
+		change(rep)
 	}
 	return rep, err
 }
@@ -261,6 +265,9 @@ func (c *cluster) size() uint64 {
 	defer c.mu.Unlock()
 	return uint64(len(c.events))
 }
+
+// fall has a node answer no more.
+func (c *cluster) fall(name string) { c.mu.Lock(); defer c.mu.Unlock(); c.nodes[name].down = true }
 
 func (c *cluster) lead(name string) { c.mu.Lock(); defer c.mu.Unlock(); c.leader = name }
 
@@ -489,12 +496,12 @@ func TestMembersChange(t *testing.T) {
 	}
 
 	c.append(event.TypeNodeRemoved, "node/c", event.NodeRemoved{Name: "c", Reason: "test"})
-	c.nodes["c"].down = true
+	c.fall("c")
 	c.fill(1)
 	c.cosigned()
 	c.eventually("settled", c.nodes["a"].svc.Settled)
 	c.append(event.TypeNodeRemoved, "node/b", event.NodeRemoved{Name: "b", Reason: "test"})
-	b.down = true
+	c.fall("b")
 	c.fill(1)
 	c.exported()
 	rep := c.mustVerify(dest, VerifyOptions{})
@@ -511,9 +518,11 @@ func TestNoMajority(t *testing.T) {
 	c.add("c")
 	c.cosigned()
 	n := a.svc.checkpoints()
+	c.mu.Lock()
 	for _, m := range c.nodes {
 		m.down = m.name != "a"
 	}
+	c.mu.Unlock()
 	c.fill(50)
 	c.eventually("a problem", func() error {
 		if st := a.svc.Status(); !strings.Contains(st.Problem, "b: it does not answer") {
