@@ -267,7 +267,7 @@ func (n *Node) open(ctx context.Context, s *protocols.Session, subject *policy.S
 			}
 			return &backgroundRelease{Lease: l, n: n, id: id}, nil
 		},
-		OnCut: e.OnCut, OnFreeze: e.OnFreeze,
+		OnCut: e.OnCut, OnFreeze: e.OnFreeze, Mark: n.mark(d.Obligations.Tolerance),
 		Close: func(end recording.Ending) {
 			once.Do(func() {
 				if writes, bytes := e.Fence.Violations(); writes > 0 {

@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/node/state"
+	"github.com/sallyport/sallyport/policy"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/fence"
+	"github.com/sallyport/sallyport/raftstore/fence/gate"
 	"github.com/sallyport/sallyport/raftstore/transport"
 )
 
@@ -46,9 +48,46 @@ func (n *Node) newLeases(e fence.Enforcer) *leases {
 		Leader:  n.store.Leader, Log: n.log,
 	})
 	l.holder = fence.NewHolder(fence.HolderConfig{
-		Length: n.cfg.Lease, Enforcer: e, Leader: n.store.Leader, Dial: l.dial, Log: n.log,
+		Length: n.cfg.Lease, Enforcer: e, Gate: n.kernelGate(), Leader: n.store.Leader, Dial: l.dial, Log: n.log,
 	})
 	return l
+}
+
+// openGate opens the kernel gate, shut, if the settings want it and it can be
+// had.
+func (n *Node) openGate() error {
+	mode := n.cfg.KernelGate
+	if mode == "off" || mode == "" && n.cfg.Dev {
+		return nil
+	}
+	g, err := gate.Open(gate.Mark(n.cfg.Name, n.cfg.Addr))
+	switch {
+	case err == nil:
+		n.gate = g
+		n.log.Info("the kernel stops what strict sessions send when this node's lease ends (fence level 2)")
+	case mode == "require":
+		return fmt.Errorf("kernelGate is require: %w", err)
+	default:
+		n.log.Warn("no kernel gate: a stopped process may let out what its sockets have buffered (fence level 1); to have one, give the process CAP_NET_ADMIN, or set kernelGate: off", "err", err)
+	}
+	return nil
+}
+
+// kernelGate is the gate as the holder takes it, nil for none.
+func (n *Node) kernelGate() fence.Gate {
+	if n.gate == nil {
+		return nil
+	}
+	return n.gate
+}
+
+// mark is what the sockets of a session carry: those of rules that allow more
+// than the lease's length cannot stand behind a gate that shuts with it.
+func (n *Node) mark(t policy.Tolerance) uint32 {
+	if n.gate == nil || t != policy.Strict {
+		return 0
+	}
+	return n.gate.Mark()
 }
 
 // dial opens a stream to the leader's grantor, which may be here.

@@ -42,6 +42,7 @@ import (
 	"github.com/sallyport/sallyport/raftstore"
 	"github.com/sallyport/sallyport/raftstore/event"
 	"github.com/sallyport/sallyport/raftstore/fence"
+	"github.com/sallyport/sallyport/raftstore/fence/gate"
 	"github.com/sallyport/sallyport/raftstore/transport"
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/spool"
@@ -85,6 +86,7 @@ type Node struct {
 	targets    *targets
 	fences     *fences
 	leases     *leases
+	gate       *gate.Gate   // nil without one
 	tolerance  atomic.Int64 // the most that the rules in force tolerate; a policy.Tolerance
 	letIn      letIn
 	postgres   *postgres.Protocol
@@ -268,6 +270,17 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	cutting, stopCutting := context.WithCancel(context.WithoutCancel(ctx))
 	onStop(stopCutting)
 	n.fences = newFences(cutting, n.state, n.sessions, n.log)
+	if err := n.openGate(); err != nil {
+		return err
+	}
+	onStop(func() {
+		if n.gate == nil {
+			return
+		}
+		if err := n.gate.Close(); err != nil {
+			n.log.Error("removing the kernel gate", "err", err)
+		}
+	})
 	n.leases = n.newLeases(n.fences)
 	n.mesh = tunnel.New(n.endpoint, n.resolve, n.log)
 	n.members = newMembership(n)

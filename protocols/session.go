@@ -92,6 +92,9 @@ func (s *Session) guard(c net.Conn) {
 	}
 	if err := tune(c, s.access.Mark); err != nil {
 		s.Env.Log.Warn("a session's socket could not be set up as its fence would have it", "session", s.access.SessionID, "err", err)
+		if s.access.Mark != 0 { // the kernel could not stop it
+			s.Cut(&Refusal{Rule: "kernel-gate", Code: "57P03", Reason: "this node cannot put the session behind its kernel gate: connect to another node and tell its operator"})
+		}
 	}
 }
 

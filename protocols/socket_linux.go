@@ -2,6 +2,7 @@ package protocols
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"syscall"
 
@@ -29,6 +30,9 @@ func tune(c net.Conn, mark uint32) error {
 	}
 	sc, ok := c.(syscall.Conn)
 	if _, tcp := c.(*net.TCPConn); !ok || !tcp {
+		if mark != 0 {
+			return fmt.Errorf("a %T has no socket to mark for the kernel gate", c)
+		}
 		return nil
 	}
 	raw, err := sc.SyscallConn()

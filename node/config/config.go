@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"time"
 
 	"gopkg.in/yaml.v3"
@@ -62,6 +63,12 @@ type Config struct {
 	// then end later than others believe, so a revocation may be reported as
 	// complete before it is. Default false.
 	AllowUnstableClock bool `yaml:"allowUnstableClock,omitempty"`
+	// KernelGate has the kernel hold back what sessions send when the lease has
+	// ended, even while the process is stopped. It needs nftables and
+	// CAP_NET_ADMIN. auto uses it where it can be had, and the log and the report
+	// of a revocation say so (level 2); require does not start without; off does
+	// not use it (level 1). Default auto; off with dev.
+	KernelGate string `yaml:"kernelGate,omitempty"`
 	// MaxConnections bounds all client connections of this node. Default 4096.
 	MaxConnections int `yaml:"maxConnections,omitempty"`
 	// MaxUnauthenticated bounds those that have not logged in yet. Default 1024.
@@ -191,6 +198,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxConnections < 1 || c.MaxUnauthenticated < 1 || c.MaxUnauthenticatedPerIP < 1 {
 		errs = append(errs, errors.New("maxConnections, maxUnauthenticated and maxUnauthenticatedPerIP must be positive"))
+	}
+	if !slices.Contains([]string{"", "auto", "require", "off"}, c.KernelGate) {
+		errs = append(errs, fmt.Errorf("kernelGate: %q is none of auto, require, off", c.KernelGate))
 	}
 	return errors.Join(errs...)
 }

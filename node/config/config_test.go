@@ -42,6 +42,7 @@ func TestLoadRefuses(t *testing.T) {
 		"relative log":     {good + "walDir: wal\n", "walDir"},
 		"one disk twice":   {good + "walDir: /wal\nwalFailoverDir: /wal\n", "walFailoverDir"},
 		"hasty heartbeats": {good + "heartbeatTimeout: 1ms\n", "heartbeatTimeout"},
+		"a third gate":     {good + "kernelGate: ajar\n", "kernelGate"},
 		"no connections":   {good + "maxConnections: -1\n", "maxConnections"},
 		"not YAML":         {"name: [\n", "node.yaml"},
 	} {

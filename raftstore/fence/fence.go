@@ -110,8 +110,9 @@ type Enforcer interface {
 
 // Gate is what lets the kernel send what sessions have written: level 2.
 type Gate interface {
-	// Extend lets data out for d from now and not longer; d ≤ 0 shuts the gate.
-	Extend(d time.Duration) error
+	// Extend lets data out for as long as left says, from the moment it is
+	// asked, and not longer; left() ≤ 0 shuts the gate.
+	Extend(left func() time.Duration) error
 }
 
 // State says why a node passes nothing of what was revoked, or that it may.

@@ -218,12 +218,12 @@ func (h *Holder) extend(until int64) {
 	if h.cfg.Gate == nil {
 		return
 	}
-	if err := h.cfg.Gate.Extend(time.Duration(until - h.now())); err != nil {
+	if err := h.cfg.Gate.Extend(func() time.Duration { return time.Duration(until - h.now()) }); err != nil {
 		h.log.Error("the kernel gate could not be set; it shuts by itself", "err", err)
 		return
 	}
 	if until > 0 && h.now() >= until { // we were stopped on the way
-		if err := h.cfg.Gate.Extend(0); err != nil {
+		if err := h.cfg.Gate.Extend(func() time.Duration { return 0 }); err != nil {
 			h.log.Error("the kernel gate could not be shut", "err", err)
 		}
 	}

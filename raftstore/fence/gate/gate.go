@@ -23,10 +23,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"net"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/google/nftables"
@@ -109,15 +107,22 @@ func Open(mark uint32) (*Gate, error) {
 	return g, nil
 }
 
+// Mark is the mark of the sockets that the gate holds back (SO_MARK).
+func (g *Gate) Mark() uint32 { return g.mark }
+
 const tcpReset = 0x04 // RFC 9293 section 3.1
 
 func (g *Gate) key() []byte { return binaryutil.NativeEndian.PutUint32(g.mark) }
 
-// Extend lets packets out for d from now, and not longer. It replaces what was
-// set before; d ≤ 0 shuts the gate. When it fails, what was set before stands,
-// and ends at its time.
-func (g *Gate) Extend(d time.Duration) error {
-	end := time.Now().Round(0).Add(d - slack) // the wall clock, read before anything can pause us
+// Extend lets packets out for as long as left says, and not longer. It replaces
+// what was set before; left() ≤ 0 shuts the gate. When it fails, what was set
+// before stands, and ends at its time.
+func (g *Gate) Extend(left func() time.Duration) error {
+	// The wall clock first: a pause after it makes the end come early, whether
+	// it is before left looks at its own clock, or before the system call.
+	wall := time.Now().Round(0)
+	d := left()
+	end := wall.Add(d - slack)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.nl == nil {
@@ -153,40 +158,7 @@ func (g *Gate) Extend(d time.Duration) error {
 const metaKeyTimeNanos expr.MetaKey = 30
 
 // Shut lets nothing out.
-func (g *Gate) Shut() error { return g.Extend(0) }
-
-// Control marks a socket before it connects; it is for net.Dialer.Control.
-func (g *Gate) Control(_, _ string, c syscall.RawConn) error {
-	var err error
-	if cerr := c.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(g.mark))
-	}); cerr != nil {
-		return cerr
-	}
-	if err != nil {
-		return fmt.Errorf("mark a socket for the kernel gate: %w", err)
-	}
-	return nil
-}
-
-// Guard marks the socket under c, through any wrapping that has NetConn (as
-// TLS has). Packets that were sent before are not held back.
-func (g *Gate) Guard(c net.Conn) error {
-	for {
-		if sc, ok := c.(syscall.Conn); ok {
-			raw, err := sc.SyscallConn()
-			if err != nil {
-				return err
-			}
-			return g.Control("", "", raw)
-		}
-		w, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			return fmt.Errorf("no socket to mark for the kernel gate in a %T", c)
-		}
-		c = w.NetConn()
-	}
-}
+func (g *Gate) Shut() error { return g.Extend(func() time.Duration { return 0 }) }
 
 // Dropped is what the gate has held back since Open.
 func (g *Gate) Dropped() (packets, bytes uint64, err error) {

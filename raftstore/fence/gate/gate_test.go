@@ -69,6 +69,27 @@ func loopbackUp() error {
 
 const testMark = 0x5a000001
 
+func lasting(d time.Duration) func() time.Duration { return func() time.Duration { return d } }
+
+// control marks a socket before it connects.
+func control(_, _ string, c syscall.RawConn) error {
+	var err error
+	if cerr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, testMark)
+	}); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+func guard(c net.Conn) error {
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	return control("", "", raw)
+}
+
 func open(t *testing.T) *Gate {
 	t.Helper()
 	g, err := Open(testMark)
@@ -120,7 +141,7 @@ func TestGate(t *testing.T) {
 	if !arrives(t, a, b, 5*time.Second) {
 		t.Fatal("an unmarked socket is held back")
 	}
-	if err := g.Guard(a); err != nil {
+	if err := guard(a); err != nil {
 		t.Fatal(err)
 	}
 	if arrives(t, a, b, 300*time.Millisecond) {
@@ -129,7 +150,7 @@ func TestGate(t *testing.T) {
 	if packets, _, err := g.Dropped(); err != nil || packets == 0 {
 		t.Fatalf("dropped %d packets, %v", packets, err)
 	}
-	if err := g.Extend(time.Minute); err != nil {
+	if err := g.Extend(lasting(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	// The kernel repeats what was dropped.
@@ -155,10 +176,10 @@ func TestGate(t *testing.T) {
 func TestGateEndsByItself(t *testing.T) {
 	g := open(t)
 	a, b := pair(t)
-	if err := g.Guard(a); err != nil {
+	if err := guard(a); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Extend(300 * time.Millisecond); err != nil {
+	if err := g.Extend(lasting(300 * time.Millisecond)); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(310 * time.Millisecond)
@@ -177,10 +198,10 @@ func TestEitherEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := open(t)
 			a, b := pair(t)
-			if err := g.Guard(a); err != nil {
+			if err := guard(a); err != nil {
 				t.Fatal(err)
 			}
-			if err := g.Extend(time.Minute); err != nil {
+			if err := g.Extend(lasting(time.Minute)); err != nil {
 				t.Fatal(err)
 			}
 			if !arrives(t, a, b, 10*time.Second) {
@@ -197,20 +218,20 @@ func TestEitherEnds(t *testing.T) {
 	}
 }
 
-// A socket that is dialled through Control carries the mark from its first packet.
-func TestControl(t *testing.T) {
+// A socket that has the mark before it connects is held back from its first packet on.
+func TestDial(t *testing.T) {
 	g := open(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	d := net.Dialer{Control: g.Control, Timeout: 300 * time.Millisecond}
+	d := net.Dialer{Control: control, Timeout: 300 * time.Millisecond}
 	if c, err := d.Dial("tcp", l.Addr().String()); err == nil {
 		c.Close()
 		t.Fatal("dialled through a shut gate")
 	}
-	if err := g.Extend(time.Minute); err != nil {
+	if err := g.Extend(lasting(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	d.Timeout = 10 * time.Second
@@ -224,7 +245,7 @@ func TestControl(t *testing.T) {
 // writer fills a connection as fast as it can; it checks nothing.
 func writer() {
 	signal.Ignore(syscall.SIGPIPE)
-	d := net.Dialer{Control: (&Gate{mark: testMark}).Control}
+	d := net.Dialer{Control: control}
 	c, err := d.Dial("tcp", os.Getenv("SALLYPORT_GATE_ADDR"))
 	if err != nil {
 		println(err.Error())
@@ -242,7 +263,7 @@ func writer() {
 // are full, and nothing when it wakes though it checks nothing itself.
 func TestStoppedProcess(t *testing.T) {
 	g := open(t)
-	if err := g.Extend(time.Minute); err != nil {
+	if err := g.Extend(lasting(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -279,7 +300,7 @@ func TestStoppedProcess(t *testing.T) {
 	// Our side stops reading; the writer's buffers fill.
 	time.Sleep(200 * time.Millisecond)
 	const lease = 400 * time.Millisecond
-	if err := g.Extend(lease); err != nil {
+	if err := g.Extend(lasting(lease)); err != nil {
 		t.Fatal(err)
 	}
 	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
@@ -328,13 +349,13 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Extend(time.Minute); err != nil {
+	if err := g.Extend(lasting(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	_ = g.nl.CloseLasting() // the process is gone, its table is not
 	again := open(t)
 	a, b := pair(t)
-	if err := again.Guard(a); err != nil {
+	if err := guard(a); err != nil {
 		t.Fatal(err)
 	}
 	if arrives(t, a, b, 300*time.Millisecond) {
@@ -343,7 +364,7 @@ func TestReopen(t *testing.T) {
 	if err := again.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := again.Extend(time.Minute); err == nil {
+	if err := again.Extend(lasting(time.Minute)); err == nil {
 		t.Fatal("a closed gate was extended")
 	}
 }
@@ -355,7 +376,7 @@ func BenchmarkExtend(b *testing.B) {
 	}
 	defer g.Close()
 	for b.Loop() {
-		if err := g.Extend(time.Second); err != nil {
+		if err := g.Extend(lasting(time.Second)); err != nil {
 			b.Fatal(err)
 		}
 	}
