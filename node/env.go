@@ -420,6 +420,7 @@ func (n *Node) apiDeps() api.Deps {
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },
 		Seal:        n.seal, SealSecret: n.sealSecret, Open: n.unseal, WantSealed: n.wantSealed, SignNode: n.signMember,
+		SignRenewal: n.signRenewal, MinRenewal: n.minRenewal(), Rotate: n.rotate, Backup: n.backup,
 		Grantor: n.leases.grantor, Lease: n.cfg.Lease, FreezeHere: n.freezeHere, Folded: n.leases.folded.Load,
 		Leave: n.leave, Release: n.members.release, Health: n.health, LocalStatus: n.status, Audit: n.audit.call,
 		Now: time.Now, Log: n.log,

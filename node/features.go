@@ -80,5 +80,5 @@ func (n *Node) firstLevel() []event.Proposal {
 
 // actor is this node, acting on its own.
 func (n *Node) actor() event.Actor {
-	return event.Actor{Principal: n.cfg.Name, Kind: event.Node, Authn: "node", CertFP: pki.Fingerprint(n.cert.Raw), Via: n.cfg.Name}
+	return event.Actor{Principal: n.cfg.Name, Kind: event.Node, Authn: "node", CertFP: pki.Fingerprint(n.self.Load().cert.Raw), Via: n.cfg.Name}
 }

@@ -5,7 +5,6 @@ package node
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -18,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -60,14 +60,16 @@ type Node struct {
 	started time.Time
 	serving atomic.Bool // lets clients in
 
-	key     *ecdsa.PrivateKey
-	cert    *x509.Certificate
-	role    string // of the certificate: pki.Voter, pki.Gateway or pki.Connector
-	ca      *x509.Certificate
-	cluster string
-	ident   *vault.NodeIdentity
-	first   *firstEvent
-	seeds   []event.NodeInfo
+	self atomic.Pointer[credentials]
+	// renewing is held by a renewal from its key to its end, adopting while a new
+	// key is taken up.
+	renewing, adopting sync.Mutex
+	role               string // of the certificate: pki.Voter, pki.Gateway or pki.Connector
+	ca                 *x509.Certificate
+	cluster            string
+	ident              *vault.NodeIdentity
+	first              *firstEvent
+	seeds              []event.NodeInfo
 
 	store      *raftstore.Store
 	endpoint   *transport.Endpoint
@@ -108,21 +110,20 @@ func New(cfg *config.Config, version string, log *slog.Logger) (*Node, error) {
 	n := &Node{cfg: cfg, version: version, log: log, fatal: make(chan error, 1)}
 	file := func(name string) string { return filepath.Join(cfg.DataDir, name) }
 	var err error
-	if n.key, err = pki.LoadKey(file(nodeKeyFile)); err != nil {
-		return nil, err
-	}
-	if n.cert, err = pki.LoadCert(file(nodeCertFile)); err != nil {
-		return nil, err
-	}
 	if n.ca, err = pki.LoadCert(file(caFile)); err != nil {
 		return nil, err
 	}
-	id, err := pki.ParseIdentity(n.cert)
+	self, err := loadCredentials(cfg.DataDir, n.ca)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := pki.VerifyPeer(n.cert, pki.Pool(n.ca.Raw), id.Cluster, pki.NodeRoles...); err != nil {
-		return nil, fmt.Errorf("this node's certificate is not good: %w", err)
+	n.self.Store(self)
+	id, err := pki.ParseIdentity(self.cert)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := pki.VerifyPeer(self.cert, pki.Pool(n.ca.Raw), id.Cluster, pki.NodeRoles...); err != nil {
+		return nil, fmt.Errorf("this node's certificate is not good: %w; one that expired while the node was down cannot be renewed: remove the node and join anew under another name", err)
 	}
 	if id.Name != cfg.Name {
 		return nil, fmt.Errorf("%s names the node %q, its certificate %q", config.FileName, cfg.Name, id.Name)
@@ -177,10 +178,9 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("listen: %w", err)
 	}
 	n.state = state.New(n.log)
-	cert := &tls.Certificate{Certificate: [][]byte{n.cert.Raw, n.ca.Raw}, PrivateKey: n.key, Leaf: n.cert}
 	n.endpoint, err = transport.Listen(transport.EndpointConfig{
 		UDPConn:     udp,
-		Certificate: func() (*tls.Certificate, error) { return cert, nil },
+		Certificate: func() (*tls.Certificate, error) { return n.self.Load().tls, nil },
 		Roots:       func() *x509.CertPool { return pki.Pool(n.ca.Raw) },
 		Authorize:   n.authorizePeer,
 		Classes:     transport.Classes,
@@ -195,7 +195,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 
 	// The event store.
 	n.store, err = raftstore.Open(raftstore.Config{
-		Dir: filepath.Join(n.cfg.DataDir, "raft"), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
+		Dir: filepath.Join(n.cfg.DataDir, raftDirName), NodeID: n.cfg.Name, Addr: n.cfg.Addr, Endpoint: n.endpoint,
 		HeartbeatTimeout: n.cfg.HeartbeatTimeout, Log: n.log, OnFatal: n.fail,
 		// Whoever joins subscribes first; members.run gives votes.
 		Subscribe: n.first == nil, Sources: n.sources,
@@ -228,7 +228,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.spool, err = spool.Open(spool.Options{
 		Dir: filepath.Join(n.cfg.DataDir, "spool"), Node: n.cfg.Name, Cluster: n.cluster,
-		Signer: n.key, Certificate: n.cert.Raw, Store: dest,
+		Signer: n.self.Load().key, Certificate: n.self.Load().cert.Raw, Store: dest,
 		SegmentAge: n.cfg.SegmentAge, MaxSpoolBytes: n.cfg.SpoolBytes, Log: n.log,
 	})
 	if err != nil {
@@ -293,7 +293,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.gossip = n.newGossip()
 	n.env = n.newEnv()
-	n.postgres = n.newPostgres(cert)
+	n.postgres = n.newPostgres()
 	n.api = api.NewServer(n.apiDeps())
 	n.state.OnChange(n.onChange)
 
@@ -330,6 +330,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("voters", n.members.run)
 	run("feature level", n.raiseLevel)
 	run("secrets", n.keepSealed)
+	run("certificate", n.keepCertificate)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); ctx.Err() != nil {
@@ -343,7 +344,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	lctx, stopListening := context.WithCancel(gctx)
 	onStop(stopListening)
 	ls := listener.New(listener.Options{
-		TLS:            &tls.Config{Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS12},
+		TLS:            n.serverTLS(),
 		Postgres:       n.servePostgres(gctx),
 		HTTP:           httpConns,
 		MaxConnections: n.cfg.MaxConnections, MaxUnauthenticated: n.cfg.MaxUnauthenticated, MaxUnauthenticatedPerIP: n.cfg.MaxUnauthenticatedPerIP,
@@ -375,7 +376,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 // resetKey lets peers notice at once that this node was restarted. It is the
 // same after a restart, and secret.
 func (n *Node) resetKey() *[32]byte {
-	der, err := x509.MarshalPKCS8PrivateKey(n.key)
+	der, err := x509.MarshalPKCS8PrivateKey(n.self.Load().key)
 	if err != nil {
 		return nil // peers notice after their idle timeout instead
 	}
@@ -420,6 +421,9 @@ func (n *Node) bootstrap(ctx context.Context) error {
 	if n.first == nil {
 		return nil
 	}
+	if n.first.Restored != nil {
+		return n.appendRestored(ctx)
+	}
 	if err := n.store.Bootstrap(); err != nil && !errors.Is(err, raftstore.ErrNotFresh) {
 		return err
 	}
@@ -442,6 +446,34 @@ func (n *Node) bootstrap(ctx context.Context) error {
 		var conflict *raftstore.ConflictError
 		if v := n.state.View(); errors.As(err, &conflict) && v.Seq > 0 && v.ClusterID != n.first.Created.ID {
 			return fmt.Errorf("the log holds another cluster: %w", err)
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// appendRestored brings the first event of a cluster that was made from a backup
+// into the log.
+func (n *Node) appendRestored(ctx context.Context) error {
+	version, payload, err := event.Encode(n.store.FeatureLevel(), event.TypeClusterRestored, n.first.Restored)
+	if err != nil {
+		return err
+	}
+	for {
+		if n.state.View().Nodes[n.cfg.Name].Name != "" { // appended, perhaps before a crash
+			return os.Remove(filepath.Join(n.cfg.DataDir, bootstrapFile))
+		}
+		if n.store.IsLeader() {
+			actx, cancel := context.WithTimeout(ctx, 10*time.Second)
+			if _, err := n.store.Append(actx, event.Proposal{
+				ID: n.first.ID, Type: event.TypeClusterRestored, Version: version, Aggregate: "cluster", Expect: event.Any, Payload: payload, Actor: n.actor(),
+			}); err != nil {
+				n.log.Warn("the restored cluster has not begun yet", "err", err)
+			}
+			cancel()
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
@@ -532,7 +564,7 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 			}
 		}
 	}
-	if v.ConfigVersion != old.ConfigVersion {
+	if v.ConfigVersion != old.ConfigVersion || reflect.ValueOf(v.Secrets).Pointer() != reflect.ValueOf(old.Secrets).Pointer() { // a View's maps never change
 		n.targets.update(v)
 	}
 	if v.ConfigIndex != old.ConfigIndex {
@@ -542,6 +574,8 @@ func (n *Node) onChange(old, v *state.View, events []event.Event) {
 	}
 	for _, e := range events {
 		switch e.Type {
+		case event.TypeNodeRenewed:
+			n.background.Go(n.endpoint.Recheck)
 		case event.TypeRevoked:
 			if p, err := event.Decode[event.Revoked](e); err == nil && p.Ends().Kind == event.ScopeNode && p.Ends().Value != n.cfg.Name {
 				n.endpoint.Disconnect(p.Ends().Value)

@@ -52,7 +52,7 @@ var errNoVault = errors.New("this node cannot open the cluster's secrets yet")
 func recipients(v *state.View, may func(event.NodeInfo) bool) event.Recipients {
 	var to event.Recipients
 	for _, info := range v.Nodes {
-		if may(info) {
+		if may(info) && v.NodeRevoked(info.Name) == nil {
 			to = append(to, info.Recipient)
 		}
 	}
@@ -182,7 +182,11 @@ func (n *Node) authority(v *state.View) (*pki.CA, error) {
 	if err != nil {
 		return nil, err
 	}
-	return pki.LoadCA(v.CA, keyDER)
+	ca, err := pki.LoadCA(v.CA, keyDER)
+	if err == nil {
+		ca.NodeValidity = n.cfg.CertLifetime
+	}
+	return ca, err
 }
 
 // keepSealed seals secrets anew when those that may open them have changed. The
@@ -190,15 +194,16 @@ func (n *Node) authority(v *state.View) (*pki.CA, error) {
 // can, whose proposal the leader checks.
 func (n *Node) keepSealed(ctx context.Context) error {
 	var done struct { // for which there was nothing to do
-		config uint64
-		nodes  uintptr
-		leader string
+		config             uint64
+		nodes, revocations uintptr
+		leader             string
 	}
 	for {
 		v := n.state.View()
 		now := done
 		now.leader, _ = n.store.Leader()
-		now.config, now.nodes = v.ConfigVersion, reflect.ValueOf(v.Nodes).Pointer() // a View's maps never change
+		// A View's maps never change.
+		now.config, now.nodes, now.revocations = v.ConfigVersion, reflect.ValueOf(v.Nodes).Pointer(), reflect.ValueOf(v.Revocations).Pointer()
 		pause := sealPause
 		if now != done {
 			did, err := n.sealAnew(ctx, v, now.leader)

@@ -25,6 +25,7 @@ import (
 
 // Files of a data directory, besides node.yaml.
 const (
+	raftDirName   = "raft"           // the event store
 	nodeKeyFile   = "node.key"       // the node's private key, TLS and signatures of recordings
 	nodeCertFile  = "node.crt"       //
 	caFile        = "ca.crt"         // what clients and auditors trust
@@ -37,6 +38,8 @@ const (
 type firstEvent struct {
 	ID      event.ID             `json:"id"`
 	Created event.ClusterCreated `json:"created"`
+	// Restored, when not nil, is appended to the events of a backup instead.
+	Restored *event.ClusterRestored `json:"restored,omitempty"`
 }
 
 // InitOptions say how to make a cluster.
@@ -73,6 +76,7 @@ func Init(o InitOptions) error {
 	if err != nil {
 		return err
 	}
+	ca.NodeValidity = c.CertLifetime
 	caKey, err := ca.KeyDER()
 	if err != nil {
 		return err

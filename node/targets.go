@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"slices"
@@ -268,7 +267,7 @@ func (t *targets) liveness(node, session string) credential.Liveness {
 }
 
 // newPostgres is the PostgreSQL protocol on this node's targets.
-func (n *Node) newPostgres(cert *tls.Certificate) *postgres.Protocol {
+func (n *Node) newPostgres() *postgres.Protocol {
 	target := func(name string) *bundle.Target {
 		if v := n.state.View(); v.Config != nil {
 			return v.Config.Targets[name]
@@ -276,7 +275,7 @@ func (n *Node) newPostgres(cert *tls.Certificate) *postgres.Protocol {
 		return nil
 	}
 	return postgres.New(postgres.Config{
-		TLS:     &tls.Config{Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS12},
+		TLS:     n.serverTLS(),
 		Catalog: n.targets.catalog,
 		SearchPath: func(name string) []string {
 			if t := target(name); t != nil {

@@ -22,6 +22,11 @@ var classRoles = map[string][]string{
 	transport.ClassGossip:  {pki.Voter, pki.Gateway, pki.Connector},
 }
 
+// historyClass says whether a class brings the event log to nodes that lack it.
+func historyClass(class string) bool {
+	return class == transport.ClassRaft || class == transport.ClassBulk || class == transport.ClassEvents
+}
+
 // authorizePeer says which node a certificate is of, and refuses those that
 // were removed, whose role may not speak the class, and whose certificate is not
 // the member's. Before the node has any state, the CA's word is enough: it has
@@ -41,8 +46,18 @@ func (n *Node) authorizePeer(class string, leaf *x509.Certificate) (string, erro
 	if v.NodeRevoked(id.Name) != nil {
 		return "", fmt.Errorf("node %s was revoked", id.Name)
 	}
-	if info, known := v.Nodes[id.Name]; known && !leaf.Equal(mustCert(info.Cert)) {
-		return "", fmt.Errorf("node %s has another certificate", id.Name)
+	info, known := v.Nodes[id.Name]
+	if !known || leaf.Equal(mustCert(info.Cert)) {
+		return id.Name, nil
 	}
-	return id.Name, nil
+	if old := v.Superseded[id.Name]; old != nil && leaf.Equal(mustCert(old)) {
+		return id.Name, nil // the node is about to take up its new one
+	}
+	// A node that was away knows the certificates of then. It must hear from the
+	// others to learn of those that they have now: on what brings the events, a
+	// newer certificate of the same node and role is taken on the CA's word.
+	if newer := mustCert(info.Cert); historyClass(class) && info.Role == id.Role && leaf.NotBefore.After(newer.NotBefore) {
+		return id.Name, nil
+	}
+	return "", fmt.Errorf("node %s has another certificate", id.Name)
 }

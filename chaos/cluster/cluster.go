@@ -47,6 +47,9 @@ type Options struct {
 	// ServeArgs are further arguments of `sallyport serve`; Env, further
 	// variables of the nodes.
 	ServeArgs, Env []string
+	// Prepare, if not nil, may lay out a node's data directory before its first
+	// start.
+	Prepare func(dataDir string) error
 	// Place says where node i (from 0) runs; nil means loopback for all. Nodes
 	// that are elsewhere reach PostgreSQL at TargetHost, and the trial issuer,
 	// which serves loopback only, by what Place does about it.
@@ -276,6 +279,11 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.opts.Prepare != nil {
+		if err := c.opts.Prepare(n.DataDir); err != nil {
+			return nil, err
+		}
+	}
 	c.Nodes = append(c.Nodes, n)
 	if err := n.Start(); err != nil {
 		return nil, err
@@ -312,7 +320,7 @@ func (c *Cluster) configure(ctx context.Context) error {
 
 // Apply applies what is in ConfigDir.
 func (c *Cluster) Apply(ctx context.Context) error {
-	_, err := c.CLI(ctx, append(c.AdminEnv(), "TARGET_PASSWORD="+adminPassword), "apply", "-f", c.ConfigDir, "--dev", "--yes")
+	_, err := c.CLI(ctx, append(c.AdminEnv(), "TARGET_PASSWORD="+AdminPassword), "apply", "-f", c.ConfigDir, "--dev", "--yes")
 	return err
 }
 

@@ -100,7 +100,7 @@ func TestDefaultFilesAreValid(t *testing.T) {
 	for name, content := range c.defaultFiles(ca) {
 		dir[name] = &fstest.MapFile{Data: []byte(content)}
 	}
-	env := map[string]string{"TARGET_PASSWORD": adminPassword}
+	env := map[string]string{"TARGET_PASSWORD": AdminPassword}
 	b, _, problems := bundle.Load(dir, bundle.LoadOptions{Dev: true, Getenv: func(k string) string { return env[k] }})
 	if len(problems) > 0 {
 		t.Fatal(problems)
@@ -116,7 +116,7 @@ func TestFillPostgres(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The administrative account can log in.
-	conn, err := pgx.Connect(t.Context(), s.DSNFor(adminUser, adminPassword, "shop"))
+	conn, err := pgx.Connect(t.Context(), s.DSNFor(adminUser, AdminPassword, "shop"))
 	if err != nil {
 		t.Fatal(err)
 	}

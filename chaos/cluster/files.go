@@ -15,7 +15,7 @@ const (
 	AudiencePeople = "https://sallyport.test/people"
 
 	adminUser     = "sallyport"
-	adminPassword = "administrative-password-of-a-private-server"
+	AdminPassword = "administrative-password-of-a-private-server"
 )
 
 // databasesSQL makes the databases and the roles that sessions are mapped to,
@@ -30,7 +30,7 @@ GRANT CREATE, CONNECT ON DATABASE shop, bench TO app_migrator;
 // adminSQL is what an operator runs on their database, the output of
 // `sallyport targets setup-sql`: a script for psql.
 func adminSQL() (string, error) {
-	verifier, err := credential.SCRAMVerifier(adminPassword)
+	verifier, err := credential.SCRAMVerifier(AdminPassword)
 	if err != nil {
 		return "", err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sallyport/sallyport/node"
+	"github.com/sallyport/sallyport/node/api"
 	"github.com/sallyport/sallyport/node/config"
 	"github.com/sallyport/sallyport/node/pki"
 )
@@ -38,7 +39,7 @@ func (n *nodeFlags) register(c *cobra.Command) {
 
 func clusterCommand(f *clientFlags) *cobra.Command {
 	c := &cobra.Command{Use: "cluster", Short: "Make a cluster, add and remove nodes"}
-	c.AddCommand(clusterInit(), clusterToken(f), clusterJoin(), clusterMembers(f), clusterVoters(f), clusterLeave(f), clusterRemove(f))
+	c.AddCommand(clusterInit(), clusterToken(f), clusterJoin(), clusterMembers(f), clusterVoters(f), clusterRotate(f), clusterBackup(f), clusterRestore(f), clusterLeave(f), clusterRemove(f))
 	return c
 }
 
@@ -139,6 +140,59 @@ func clusterJoin() *cobra.Command {
 	c.Flags().StringVar(&token, "token", "", "from sallyport cluster token create (or SALLYPORT_JOIN_TOKEN)")
 	c.Flags().StringVar(&server, "server", "", "any node of the cluster, host:port (required)")
 	_ = c.MarkFlagRequired("server")
+	return c
+}
+
+func clusterRotate(f *clientFlags) *cobra.Command {
+	var all bool
+	c := &cobra.Command{
+		Use: "rotate NODE | --all", Short: "Have nodes make a new key and renew their certificate", ValidArgsFunction: cobra.NoFileCompletions,
+		Long: `Nodes renew their certificates by themselves, with a new key, at two thirds of
+their life. This has it done now, one node after the other: sessions go on, and
+the earlier key is dead when the command returns. A key that somebody else may
+have is no reason to rotate but to remove the node: they could renew it too.`,
+		Example: `  sallyport cluster rotate n2
+  sallyport cluster rotate --all`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if all == (len(args) == 1) || len(args) > 1 {
+				return usageError{errors.New("name one node, or --all")}
+			}
+			cl, err := f.client()
+			if err != nil {
+				return err
+			}
+			if all {
+				st, err := cl.Status(cmd.Context())
+				if err != nil {
+					return err
+				}
+				for _, n := range st.Nodes {
+					args = append(args, n.Node)
+				}
+			}
+			var done []*api.RotateReply
+			var errs []error
+			for _, node := range args {
+				if !pki.ValidName(node) {
+					return usageError{fmt.Errorf("%q is no node name", node)}
+				}
+				rep, err := cl.Rotate(cmd.Context(), node)
+				if err != nil {
+					errs = append(errs, fmt.Errorf("%s: %w", node, err))
+					continue
+				}
+				done = append(done, rep)
+				if !f.json {
+					say(cmd.OutOrStdout(), "%s has a new key; its certificate lives until %s.", rep.Node, stamp(rep.Expires))
+				}
+			}
+			if f.json {
+				errs = append(errs, printJSON(cmd.OutOrStdout(), done))
+			}
+			return errors.Join(errs...)
+		},
+	}
+	c.Flags().BoolVar(&all, "all", false, "all nodes, one after the other")
 	return c
 }
 

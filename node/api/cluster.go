@@ -218,9 +218,9 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 		return nil, denied
 	}
 	for _, n := range tok.Nodes {
-		if _, member := v.Nodes[n]; !member && tok.UsedBy == "" {
+		if _, member := v.Nodes[n]; (!member || v.NodeRevoked(n) != nil) && tok.UsedBy == "" {
 			return nil, &Failure{&Problem{Code: "unauthenticated", Status: http.StatusUnauthorized,
-				Error: fmt.Sprintf("the join token was made through node %s, which was removed since, and its unused tokens with it: make a new one", n)}}
+				Error: fmt.Sprintf("the join token was made through node %s, which was removed or revoked since, and its unused tokens with it: make a new one", n)}}
 		}
 	}
 	if tok.UsedBy != "" {

@@ -96,6 +96,14 @@ type Deps struct {
 	FreezeHere func(id event.ID, sc event.Scope)
 	// Folded is the number up to which this node acts on what it has folded.
 	Folded func() uint64
+	// SignRenewal issues a member's next certificate; MinRenewal is how old the
+	// one before must be.
+	SignRenewal func(node string, csr []byte) ([]byte, error)
+	MinRenewal  time.Duration
+	// Backup writes a backup of the cluster, encrypted to an age recipient.
+	Backup func(ctx context.Context, recipient string, w io.Writer) error
+	// Rotate renews this node's certificate now.
+	Rotate func(ctx context.Context) (RotateReply, error)
 	// Leave lets this node's sessions go on for drain, ends them and stops the
 	// node; it returns when none is left.
 	Leave func(ctx context.Context, drain time.Duration)
@@ -151,6 +159,8 @@ func (s *Server) routes() {
 	change("POST /v1/cluster/nodes/{name}/remove", policy.AdminCluster, s.removeNode)
 	change("POST /v1/cluster/voters", policy.AdminCluster, s.setVoters)
 	read("GET /v1/cluster/members", policy.StatusRead, s.members)
+	change("POST /v1/cluster/backup", policy.AdminCluster, s.backup)
+	change("POST /v1/cluster/nodes/{name}/rotate", policy.AdminCluster, s.rotate)
 	read("GET /v1/approvals", policy.ApprovalsRead, s.listApprovals)
 	read("GET /v1/approvals/{id}", policy.ApprovalsRead, s.showApproval)
 	change("POST /v1/approvals/{id}/approve", "", s.vote(true))
@@ -178,6 +188,9 @@ func (s *Server) routes() {
 	s.mesh.HandleFunc("GET /mesh/v1/revocations/{id}", s.meshRevocation)
 	s.mesh.HandleFunc("POST /mesh/v1/leave", s.meshLeave)
 	s.mesh.HandleFunc("POST /mesh/v1/cosign", s.meshCosign)
+	s.mesh.HandleFunc("POST /mesh/v1/rotate", s.meshRotate)
+	s.mesh.HandleFunc("POST /mesh/v1/renew", s.meshRenew)
+	s.mesh.HandleFunc("POST /mesh/v1/renewed", s.meshRenewed)
 }
 
 // Handler serves clients.
@@ -404,6 +417,9 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 		r.Header.Set("Idempotency-Key", id.String()) // a signature would cover it
 	}
 	client := clientIP(r)
+	if r.URL.Path == "/v1/cluster/backup" { // as long as bytes come; the leader gives up when none are taken
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
+	}
 	for try := 0; ; try++ {
 		leader, _ := s.Store.Leader()
 		if leader != "" && leader != s.Node {
@@ -606,6 +622,10 @@ func (s *Server) exchange(ctx context.Context, method, node, path string, in, ou
 
 // readReply decodes an answer, or the Problem it holds.
 func readReply(resp *http.Response, out any) error {
+	if s, ok := out.(stream); ok && resp.StatusCode/100 == 2 {
+		_, err := io.Copy(s, resp.Body)
+		return err
+	}
 	data, err := io.ReadAll(io.LimitReader(resp.Body, 80<<20))
 	if err != nil {
 		return err

@@ -75,6 +75,10 @@ type Config struct {
 	MaxUnauthenticated int `yaml:"maxUnauthenticated,omitempty"`
 	// MaxUnauthenticatedPerIP bounds them by client address. Default 256.
 	MaxUnauthenticatedPerIP int `yaml:"maxUnauthenticatedPerIP,omitempty"`
+	// CertLifetime is how long certificates live that this node issues as the
+	// leader; nodes renew theirs at two thirds. Default 720h (30 days). A node
+	// that is down for longer than a third of it may have to join anew.
+	CertLifetime time.Duration `yaml:"certLifetime,omitempty"`
 	// Dev accepts what is for local trials only: tokens of `sallyport
 	// dev-issuer`, targets without TLS. Default false.
 	Dev bool `yaml:"dev,omitempty"`
@@ -136,6 +140,9 @@ func (c *Config) SetDefaults() {
 	if c.SpoolBytes == 0 {
 		c.SpoolBytes = 2 << 30
 	}
+	if c.CertLifetime == 0 {
+		c.CertLifetime = 30 * 24 * time.Hour
+	}
 	if c.SegmentAge == 0 {
 		c.SegmentAge = 5 * time.Second
 	}
@@ -195,6 +202,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Lease < 4*c.HeartbeatTimeout || c.Lease > fence.MaxLength {
 		errs = append(errs, fmt.Errorf("lease: %v is not between four times heartbeatTimeout (%v) and %v", c.Lease, 4*c.HeartbeatTimeout, fence.MaxLength))
+	}
+	if c.CertLifetime < 20*time.Second || c.CertLifetime > 365*24*time.Hour {
+		errs = append(errs, fmt.Errorf("certLifetime: %v is not between 20s (for trials; use days) and 8760h", c.CertLifetime))
 	}
 	if c.MaxConnections < 1 || c.MaxUnauthenticated < 1 || c.MaxUnauthenticatedPerIP < 1 {
 		errs = append(errs, errors.New("maxConnections, maxUnauthenticated and maxUnauthenticatedPerIP must be positive"))

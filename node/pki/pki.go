@@ -11,6 +11,7 @@
 package pki
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -45,8 +46,8 @@ const (
 	// CAValidity is how long a certificate authority lives.
 	CAValidity = 10 * 365 * 24 * time.Hour
 	// NodeValidity and AdminValidity are the lifetimes of what it signs; never
-	// past the authority's own end.
-	NodeValidity  = 365 * 24 * time.Hour
+	// past the authority's own end. Nodes renew theirs: see CA.NodeValidity.
+	NodeValidity  = 30 * 24 * time.Hour
 	AdminValidity = 365 * 24 * time.Hour
 
 	// backdate lets peers whose clocks are a little behind accept a fresh certificate.
@@ -78,7 +79,9 @@ func validRole(role string) bool {
 // CA is a certificate authority with its private key.
 type CA struct {
 	Cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	// NodeValidity is how long nodes' certificates live; zero means the constant.
+	NodeValidity time.Duration
+	key          *ecdsa.PrivateKey
 }
 
 // NewCA makes a self-signed authority for the cluster, valid from now for CAValidity.
@@ -218,7 +221,7 @@ func CSR(key crypto.Signer) ([]byte, error) {
 }
 
 // SignNode issues the certificate of a node, connector or gateway: server and
-// client authentication, NodeValidity from now. From the request it takes the
+// client authentication, ca.NodeValidity from now. From the request it takes the
 // public key alone; role, name and sans are what the caller decided.
 func (ca *CA) SignNode(csrDER []byte, cluster, role, name string, sans SANs, now time.Time) ([]byte, error) {
 	if role == Admin {
@@ -241,7 +244,7 @@ func (ca *CA) SignNode(csrDER []byte, cluster, role, name string, sans SANs, now
 	if err := sans.check(); err != nil {
 		return nil, err
 	}
-	return ca.sign(pub, cluster, role, name, sans, now, NodeValidity,
+	return ca.sign(pub, cluster, role, name, sans, now, cmp.Or(ca.NodeValidity, NodeValidity),
 		x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth)
 }
 
@@ -285,6 +288,15 @@ func (ca *CA) sign(pub *ecdsa.PublicKey, cluster, role, name string, sans SANs, 
 		return nil, fmt.Errorf("pki: sign %s: %w", id, err)
 	}
 	return der, nil
+}
+
+// Issued is when a certificate of this package was made.
+func Issued(c *x509.Certificate) time.Time { return c.NotBefore.Add(backdate) }
+
+// RenewAt is when a node renews its certificate: at two thirds of its life.
+func RenewAt(c *x509.Certificate) time.Time {
+	issued := Issued(c)
+	return issued.Add(c.NotAfter.Sub(issued) * 2 / 3)
 }
 
 // Identity is who a certificate is for.

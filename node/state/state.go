@@ -295,6 +295,12 @@ func (f *fold) apply(e event.Event) error {
 		}
 		f.v.ConfigVersion = e.AggregateVersion
 		f.sealed(p)
+	case event.TypeClusterRestored:
+		p, err := event.Decode[event.ClusterRestored](e)
+		if err != nil {
+			return err
+		}
+		f.restored(p)
 	case event.TypeNodeRenewed:
 		p, err := event.Decode[event.NodeRenewed](e)
 		if err != nil {
@@ -340,6 +346,18 @@ func (f *fold) sealed(p event.SecretsSealed) {
 	}
 	maps.Copy(keys, p.Keys)
 	f.v.Secrets, f.v.SealedTo, f.v.Keys = secrets, to, keys
+}
+
+func (f *fold) restored(p event.ClusterRestored) {
+	removed := own(&f.v.Removed, &f.removed)
+	for name := range f.v.Nodes {
+		removed[name] = true
+	}
+	f.v.Nodes, f.nodes = map[string]event.NodeInfo{p.Node.Name: p.Node}, true
+	f.v.Superseded = nil
+	f.v.JoinTokens, f.tokens = map[string]JoinToken{}, true
+	f.v.Keys = nil
+	f.sealed(p.Secrets)
 }
 
 func (f *fold) renewed(p event.NodeRenewed) {

@@ -5,6 +5,7 @@ package tunnel
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -49,13 +50,27 @@ func New(e *transport.Endpoint, resolve func(node string) (addr string, ok bool)
 // Transport sends requests to http://NODE/….
 func (m *Mesh) Transport() http.RoundTripper { return m.http }
 
-type peerKey struct{}
+// CloseIdle has the next request to each node open a stream of its own: one kept
+// from earlier is on a connection of an earlier certificate.
+func (m *Mesh) CloseIdle() { m.http.CloseIdleConnections() }
+
+type (
+	peerKey struct{}
+	certKey struct{}
+)
 
 // Peer returns the node that sent the request, from its certificate; "" when
 // the request did not come over the mesh.
 func Peer(ctx context.Context) string {
 	name, _ := ctx.Value(peerKey{}).(string)
 	return name
+}
+
+// PeerCertificate is the certificate of the node that sent the request; nil when
+// the request did not come over the mesh.
+func PeerCertificate(ctx context.Context) *x509.Certificate {
+	c, _ := ctx.Value(certKey{}).(*x509.Certificate)
+	return c
 }
 
 // Serve answers other nodes until ctx ends; it returns when running requests
@@ -68,7 +83,8 @@ func (m *Mesh) Serve(ctx context.Context, h http.Handler) error {
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(m.log.Handler(), slog.LevelDebug),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if tc, ok := c.(interface{ Peer() string }); ok {
+			if tc, ok := c.(*transport.Conn); ok {
+				ctx = context.WithValue(ctx, certKey{}, tc.PeerCertificate())
 				return context.WithValue(ctx, peerKey{}, tc.Peer())
 			}
 			return ctx

@@ -11,6 +11,7 @@ const (
 	TypeNodeRemoved      = "node.removed"          // NodeRemoved, aggregate "node/NAME"
 	TypeNodeRenewed      = "node.renewed"          // NodeRenewed, aggregate "node/NAME"
 	TypeSecretsSealed    = "secrets.sealed"        // SecretsSealed, aggregate "config"
+	TypeClusterRestored  = "cluster.restored"      // ClusterRestored, aggregate "cluster"
 	TypeJoinTokenMade    = "jointoken.made"        // JoinTokenMade, aggregate "jointoken/ID"
 	TypeJoinTokenUsed    = "jointoken.used"        // JoinTokenUsed, aggregate "jointoken/ID"
 	TypeConfigApplied    = "config.applied"        // ConfigApplied, aggregate "config"
@@ -74,6 +75,17 @@ type SecretsSealed struct {
 	Secrets  map[string]Sealed     `json:"secrets,omitempty"`   // the configuration's, by name
 	SealedTo map[string]Recipients `json:"sealed_to,omitempty"` // whom each of Secrets is sealed to now
 	Keys     map[string]SealedKey  `json:"keys,omitempty"`      // the cluster's own
+}
+
+// ClusterRestored is the first event of a cluster that was made from a backup of
+// another: all that were members are none any more, Node is the one there is, and
+// to it all secrets of the backup are sealed.
+type ClusterRestored struct {
+	Backup  string        `json:"backup"` // SHA-256 hex of the backup's content
+	Seq     uint64        `json:"seq"`    // the newest event in the backup
+	Node    NodeInfo      `json:"node"`
+	Secrets SecretsSealed `json:"secrets"`
+	Missing []string      `json:"missing,omitempty"` // secrets that were not in the backup
 }
 
 // SealedKey is a key of the cluster, such as its authority's.

@@ -51,6 +51,7 @@ var kinds = map[string]*kind{
 	TypeNodeJoined:       of[NodeJoined](1).adds(2, "node.zone"),
 	TypeNodeRemoved:      of[NodeRemoved](1),
 	TypeNodeRenewed:      of[NodeRenewed](2),
+	TypeClusterRestored:  of[ClusterRestored](2),
 	TypeSecretsSealed:    of[SecretsSealed](2),
 	TypeJoinTokenMade:    of[JoinTokenMade](1).adds(2, "key", "role", "nodes"),
 	TypeJoinTokenUsed:    of[JoinTokenUsed](1),

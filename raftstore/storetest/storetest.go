@@ -66,6 +66,12 @@ func (ca *CA) Pool() *x509.CertPool {
 // for client and server, valid for loopback.
 func (ca *CA) Issue(t testing.TB, name string) *tls.Certificate {
 	t.Helper()
+	return ca.IssueUntil(t, name, time.Now().Add(24*time.Hour))
+}
+
+// IssueUntil is Issue for a certificate that ends at a time.
+func (ca *CA) IssueUntil(t testing.TB, name string, end time.Time) *tls.Certificate {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -77,7 +83,7 @@ func (ca *CA) Issue(t testing.TB, name string) *tls.Certificate {
 	c := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, DNSNames: []string{name, "localhost"},
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore:   time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		NotBefore:   time.Now().Add(-time.Hour), NotAfter: end,
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 	}

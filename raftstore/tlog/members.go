@@ -64,7 +64,7 @@ const roleVoter = "voter"
 // Concerns tells whether events of that type change Members.
 func Concerns(typ string) bool {
 	switch typ {
-	case event.TypeClusterCreated, event.TypeNodeJoined, event.TypeNodeRenewed, event.TypeNodeRemoved:
+	case event.TypeClusterCreated, event.TypeNodeJoined, event.TypeNodeRenewed, event.TypeNodeRemoved, event.TypeClusterRestored:
 		return true
 	}
 	return false
@@ -120,6 +120,15 @@ func (m *Members) Fold(e *event.Event, check func(ca []byte, cert *x509.Certific
 			return set(p.Name, p.Cert)
 		}
 		return set(p.Name, p.Cert, m.Voters[p.Name][:1]...)
+	case event.TypeClusterRestored:
+		// Who cosigned before is gone; what a majority of them has to vouch for,
+		// nobody can any more: see CheckNote.
+		p, err := event.Decode[event.ClusterRestored](*e)
+		if err != nil {
+			return err
+		}
+		m.Voters = Voters{}
+		return set(p.Node.Name, p.Node.Cert)
 	case event.TypeNodeRemoved:
 		p, err := event.Decode[event.NodeRemoved](*e)
 		if err != nil {

@@ -57,6 +57,14 @@ const (
 	// ones are refused.
 	retryHandshakes = 32
 	maxHandshakes   = 512
+	// retireGrace is how long a connection whose certificate is replaced may go
+	// on: what is under way ends there, what begins takes a new connection.
+	retireGrace = 3 * time.Second
+	// lifeCheck is how often certificates of live connections are looked at, and
+	// retireBefore how long before its end a connection is replaced.
+	lifeCheck    = time.Second
+	retireBefore = retireGrace + 2*lifeCheck
+
 	// acceptBacklog is how many streams may wait for Accept.
 	acceptBacklog = 64
 )
@@ -126,8 +134,20 @@ type peerClass struct{ peer, class string }
 type dialKey struct{ class, addr, peer string }
 
 type peerCertificate struct {
-	name string
-	leaf *x509.Certificate
+	name  string
+	leaf  *x509.Certificate
+	class string
+	own   *x509.Certificate // that we dialled with; nil for accepted connections
+	// retired: nobody gets a new stream here; it is closed after retireGrace.
+	retired bool
+}
+
+// expires is when the connection must be gone.
+func (p peerCertificate) expires() time.Time {
+	if p.own != nil && p.own.NotAfter.Before(p.leaf.NotAfter) {
+		return p.own.NotAfter
+	}
+	return p.leaf.NotAfter
 }
 
 // dialled is the one connection to a class, address and peer.
@@ -165,6 +185,7 @@ func Listen(cfg EndpointConfig) (*Endpoint, error) {
 	}
 	e.ln = ln
 	e.wg.Go(e.acceptLoop)
+	e.wg.Go(e.watchLives)
 	return e, nil
 }
 
@@ -287,6 +308,75 @@ func (e *Endpoint) Disconnect(peer string) {
 	}
 }
 
+// Recheck looks at all connections again, after certificates have changed: one
+// that was dialled with another certificate than ours of now, or whose peer
+// Authorize refuses now, is replaced. What is under way on it has a few seconds.
+func (e *Endpoint) Recheck() {
+	var own *x509.Certificate
+	if cert, err := e.cfg.Certificate(); err == nil {
+		own = cert.Leaf
+	}
+	e.retire(func(p peerCertificate) bool {
+		if p.own != nil && own != nil && !p.own.Equal(own) {
+			return true
+		}
+		_, err := e.cfg.Authorize(p.class, p.leaf)
+		return err != nil
+	})
+}
+
+// watchLives replaces connections before a certificate they rest on ends, and
+// closes those that are left then: nobody else looks at a live connection's.
+func (e *Endpoint) watchLives() {
+	tick := time.NewTicker(lifeCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-e.ctx.Done():
+			return
+		}
+		now := time.Now()
+		e.retire(func(p peerCertificate) bool {
+			// The side that dials makes room for a new connection in good time.
+			if p.own == nil {
+				return now.After(p.expires().Add(-retireGrace))
+			}
+			return now.After(p.expires().Add(-retireBefore))
+		})
+	}
+}
+
+// retire takes connections out of use and closes them after retireGrace.
+func (e *Endpoint) retire(which func(peerCertificate) bool) {
+	e.mu.Lock()
+	all := make(map[*quic.Conn]peerCertificate, len(e.mu.peers))
+	for c, p := range e.mu.peers {
+		if !p.retired {
+			all[c] = p
+		}
+	}
+	e.mu.Unlock()
+	for c, p := range all {
+		if !which(p) { // asks the owner: not under our lock
+			continue
+		}
+		e.mu.Lock()
+		if p, there := e.mu.peers[c]; there {
+			p.retired = true
+			e.mu.peers[c] = p
+			for k, d := range e.mu.dialled {
+				if d.conn == c {
+					d.conn = nil
+					delete(e.mu.dialled, k)
+				}
+			}
+		}
+		e.mu.Unlock()
+		time.AfterFunc(retireGrace, func() { c.CloseWithError(codeClosed, "certificate replaced") })
+	}
+}
+
 func (e *Endpoint) acceptLoop() {
 	for {
 		c, err := e.ln.Accept(e.ctx)
@@ -309,7 +399,7 @@ func (e *Endpoint) serve(c *quic.Conn) {
 		return
 	}
 	class := s.NegotiatedProtocol
-	if !e.track(c, peerClass{peer, class}, peerCertificate{peer, leaf}) {
+	if !e.track(c, peerClass{peer, class}, peerCertificate{name: peer, leaf: leaf, class: class}) {
 		return
 	}
 	defer e.untrack(c, peerClass{peer, class})
@@ -431,7 +521,16 @@ func (e *Endpoint) dial(ctx context.Context, k dialKey, d *dialled) (*quic.Conn,
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	c, err := e.quic.Dial(ctx, udp, e.tlsConfig(k.class, k.peer), quicConfig())
+	var own *x509.Certificate
+	conf := e.tlsConfig(k.class, k.peer)
+	conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		cert, err := e.cfg.Certificate()
+		if err == nil {
+			own = cert.Leaf
+		}
+		return cert, err
+	}
+	c, err := e.quic.Dial(ctx, udp, conf, quicConfig())
 	if err != nil {
 		return nil, err
 	}
@@ -446,7 +545,7 @@ func (e *Endpoint) dial(ctx context.Context, k dialKey, d *dialled) (*quic.Conn,
 		c.CloseWithError(codeClosed, "")
 		return nil, ErrClosed
 	}
-	e.mu.peers[c] = peerCertificate{name, leaf}
+	e.mu.peers[c] = peerCertificate{name: name, leaf: leaf, class: k.class, own: own}
 	d.conn = c
 	return c, nil
 }

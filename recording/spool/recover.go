@@ -204,6 +204,7 @@ func (s *Spool) takeUp(f *found, h *format.Header, header []byte, cert *x509.Cer
 		seq:       h.NodeSeq,
 		session:   h.Session,
 		prefix:    recording.Prefix(h.Started, h.Session),
+		signer:    s.signer.Load(),
 		continued: continuedBy(h, cert),
 		prev:      format.Sum(header),
 	}

@@ -147,7 +147,7 @@ func (s *Spool) seal(r *rec) (*sealing, error) {
 				p.tree.Add(leaf)
 			}
 			m.Last = recording.LSN(p.tree.Size())
-			obj, err := format.SealSegment(m, &p.tree, c.frames, s.o.Signer)
+			obj, err := format.SealSegment(m, &p.tree, c.frames, r.signer)
 			if err != nil {
 				return nil, err
 			}
@@ -177,7 +177,7 @@ func (s *Spool) seal(r *rec) (*sealing, error) {
 		CutBytes:    p.cut,
 		Failed:      p.failure,
 		Certificate: r.continued,
-	}, s.o.Signer)
+	}, r.signer)
 	if err == nil {
 		err = s.make(p, recording.TrailerName, s.trailer(seq), obj, time.Now())
 	}

@@ -109,6 +109,8 @@ type Spool struct {
 	dirF *os.File // dir, for fsync
 	lock *os.File
 
+	signer atomic.Pointer[signer] // for recordings that begin now
+
 	used   atomic.Int64  // bytes of all files in dir
 	failed atomic.Value  // error: the disk failed where nothing can be known any more; Begin fails
 	stop   chan struct{} // closed by Close
@@ -161,8 +163,9 @@ type beginning struct {
 type rec struct {
 	seq       uint64
 	session   string
-	prefix    string // of its keys in the store
-	continued []byte // the spool's certificate when the header has another one
+	prefix    string  // of its keys in the store
+	signer    *signer // of the whole recording
+	continued []byte  // signer's certificate when the header has another one
 	w         *Writer
 
 	// The sealer's alone (Open's before it runs).
@@ -221,6 +224,7 @@ func Open(o Options) (*Spool, error) {
 
 		toFinish: make(chan struct{}, 1),
 	}
+	s.signer.Store(&signer{o.Signer, cert})
 	s.mu.recs = make(map[uint64]*rec)
 	s.mu.sessions = make(map[string]*rec)
 	s.mu.open = make(map[*Writer]struct{})
@@ -244,6 +248,23 @@ func Open(o Options) (*Spool, error) {
 		return nil, fmt.Errorf("recording: spool: %w", err)
 	}
 	return s, nil
+}
+
+// signer is a key with its certificate.
+type signer struct {
+	crypto.Signer
+	cert *x509.Certificate
+}
+
+// SetSigner changes the key that recordings are signed with. Those that have
+// begun are signed to their end with the key they began with, which the Spool
+// keeps for as long; after a restart, with the one given to Open.
+func (s *Spool) SetSigner(key crypto.Signer, certificate []byte) error {
+	cert, err := format.CheckSigner(key, certificate)
+	if err == nil {
+		s.signer.Store(&signer{key, cert})
+	}
+	return err
 }
 
 func (s *Spool) release() {
@@ -323,7 +344,8 @@ func (s *Spool) writeHeader(h *recording.Header, r *rec) (begun, error) {
 	}
 	head := s.begin.head
 	h.Chain, h.NodeSeq, h.Prev, h.PrevSession = head.Chain, head.Seq+1, head.Hash, head.Session
-	obj, err := format.SealHeader(h, s.o.Certificate, s.o.Signer)
+	r.signer = s.signer.Load()
+	obj, err := format.SealHeader(h, r.signer.cert.Raw, r.signer)
 	if err != nil {
 		return begun{}, err
 	}
