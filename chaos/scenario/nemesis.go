@@ -47,7 +47,13 @@ func (w *World) remove(ctx context.Context, n *node) error {
 	if _, err := w.admin(via).RemoveNode(rctx, n.Name, "chaos", 0); err != nil {
 		return err
 	}
-	n.Kill() // it stops itself; this only waits no longer than needed
+	// It ends by itself, and completes its recordings before it does.
+	for end := time.Now().Add(40 * time.Second); n.Running() && time.Now().Before(end); {
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	n.Kill()
 	n.closeIntervals()
 	w.mu.Lock()
 	n.gone = true
