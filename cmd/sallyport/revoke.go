@@ -115,8 +115,9 @@ func (w *waiting) finish(f *clientFlags, r *api.RevocationInfo) error {
 		w.progress(r)
 		again, err := w.cl.Revocation(w.cmd.Context(), r.ID, w.next(waitEach))
 		if err != nil {
-			if w.cmd.Context().Err() != nil {
-				return err
+			var no *api.Failure
+			if w.cmd.Context().Err() != nil || (errors.As(err, &no) && no.Status/100 == 4) {
+				return fmt.Errorf("revocation %s stands; how far it is cannot be learned: %w", r.ID, err)
 			}
 			// Most often no leader for a moment. The revocation stands whatever
 			// becomes of us, so this is not the moment to give up.

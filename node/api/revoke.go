@@ -392,6 +392,11 @@ func (s *Server) storeFenced(ctx context.Context, batch []fenced) {
 
 // showRevocation shows one, waiting for it to be in force if asked to.
 func (s *Server) showRevocation(_ http.ResponseWriter, r *request) (any, error) {
+	cluster := policy.Resource{Type: policy.Cluster}
+	if d := s.decide(r.Request, r.subject, policy.StatusRead, cluster); d.Effect != policy.Permit && s.decide(r.Request, r.subject, policy.Revoke, cluster).Effect != policy.Permit {
+		_ = s.audit(r.Request, policy.StatusRead, r.subject, "refuse", d.Rule, d.Reason)
+		return nil, &Failure{&Problem{Code: "forbidden", Error: d.Reason + " (rule " + d.Rule + ")", Status: http.StatusForbidden}}
+	}
 	var wait time.Duration
 	if q := r.URL.Query().Get("wait"); q != "" {
 		var err error

@@ -111,6 +111,14 @@ func TestRevocationGoesOn(t *testing.T) {
 	if code, body := r.call("GET", "/v1/revocations/"+info.ID+"?wait=1s", "", true); code != http.StatusOK || !strings.Contains(body, `"complete":true`) {
 		t.Fatalf("%d %s", code, body)
 	}
+	for permitted, want := range map[policy.Action]int{policy.Revoke: http.StatusOK, policy.StatusRead: http.StatusOK, policy.EventsRead: http.StatusForbidden} {
+		clear(r.permit)
+		r.permit[permitted] = true
+		if code, body := r.call("GET", "/v1/revocations/"+info.ID, "", true); code != want {
+			t.Errorf("who may %s: %d %s", permitted, code, body)
+		}
+	}
+	r.permit[policy.StatusRead] = true
 	r.grantor.set(fence.ErrNotLeading)
 	if done, _ := r.look(t.Context(), 0); len(done) != 0 {
 		t.Fatal("a node that does not lead judges")

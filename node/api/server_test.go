@@ -140,7 +140,7 @@ var routes = []struct {
 	{"POST", "/v1/approvals/x/deny?digest=00", `{}`, ""},
 	{"GET", "/v1/revocations", "", policy.StatusRead},
 	{"POST", "/v1/revocations", `{"subject":"ci/x","reason":"y"}`, policy.Revoke},
-	{"GET", "/v1/revocations/x?wait=1s", "", policy.StatusRead},
+	{"GET", "/v1/revocations/x?wait=1s", "", ""},
 	{"POST", "/v1/revocations/x/undo", `{"reason":"y"}`, policy.Revoke},
 	{"GET", "/v1/recordings?prefix=sessions/", "", policy.RecordingsRead},
 	{"GET", "/v1/recordings/object?key=sessions/x", "", policy.RecordingsRead},
