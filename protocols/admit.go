@@ -482,6 +482,9 @@ func (c *Channel) wait(ctx context.Context, ticket Ticket, limit time.Duration) 
 	approvers, err := ticket.Wait(ctx)
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
+		if cut := c.s.Err(); cut != nil { // whichever leg's end was noticed first
+			err = cut
+		}
 	}
 	return approvers, err
 }
