@@ -603,7 +603,7 @@ func seedOf(t *testing.T) uint64 {
 // nothing that was acknowledged is lost or doubled, all nodes have the same
 // events, a term has one leader, votes and terms survive.
 func TestSimulation(t *testing.T) {
-	budget := 25 * time.Second
+	budget := 20 * time.Second
 	if raceEnabled || testing.Short() {
 		budget = 6 * time.Second
 	}

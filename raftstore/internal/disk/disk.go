@@ -21,7 +21,8 @@ type Logger struct {
 	Log     *slog.Logger
 	OnFatal func(error) // called once, from Pebble's goroutine; must not block
 
-	failed atomic.Bool
+	failed   atomic.Bool
+	reported atomic.Bool
 }
 
 // Infof drops what Pebble tells of its everyday work: flushes, compactions.
@@ -34,14 +35,26 @@ func (l *Logger) Errorf(format string, args ...any) {
 
 // Fatalf reports and parks the calling goroutine for ever.
 func (l *Logger) Fatalf(format string, args ...any) {
-	err := fmt.Errorf("pebble: "+format, args...)
-	if l.failed.CompareAndSwap(false, true) {
+	l.failed.Store(true)
+	l.report(fmt.Errorf("pebble: "+format, args...))
+	select {}
+}
+
+// report tells the owner, once, that the node must stop.
+func (l *Logger) report(err error) {
+	if l.reported.CompareAndSwap(false, true) {
 		l.Log.Error("the database cannot go on; this node must stop", "error", err)
 		if l.OnFatal != nil {
 			l.OnFatal(err)
 		}
 	}
-	select {}
+}
+
+// corrupt hears that a block or a table is not what was written. The owner
+// must stop the node, but whoever reads gets an error and does not hang: the
+// library's own answer would be Fatalf, also while the database is opened.
+func (l *Logger) corrupt(i pebble.DataCorruptionInfo) {
+	l.report(fmt.Errorf("pebble: %s is damaged: %w", i.Path, i.Details))
 }
 
 // Failed tells whether Fatalf was called. The database must not be closed
@@ -88,6 +101,7 @@ func Options(fs vfs.FS, l *Logger, memTableSize uint64, shared *Shared) *pebble.
 		WALMinSyncInterval: nil,
 		WALBytesPerSync:    0,
 	}
+	o.EventListener = &pebble.EventListener{DataCorruption: l.corrupt}
 	if shared != nil {
 		o.Cache, o.FileCache = shared.cache, shared.files
 	}
