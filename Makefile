@@ -108,6 +108,10 @@ lint: $(CACHE)/staticcheck ## gofmt, vet, staticcheck; govulncheck where its dat
 bench: deps build ## pgbench direct and through a node: ratio, CPU a transaction, where the time goes
 	$(with_binary) $(pure) go run ./bench $(BENCHFLAGS)
 
+.PHONY: bench-raft
+bench-raft: ## the event store against a sync and an echo of the same machine: ratios with their targets; RESULTS=FILE for JSON
+	$(pure) go test -tags bench -count=1 -timeout 30m -v -run TestBenchRaft ./raftstore $(if $(RESULTS),-args -results=$(abspath $(RESULTS)))
+
 .PHONY: demo
 demo: deps build ## PostgreSQL and three nodes on loopback, the whole story told, left running until Ctrl-C
 	$(BIN) demo
