@@ -87,7 +87,7 @@ func TestLimits(t *testing.T) {
 		"principal's bytes": {func(p *Proposal) { p.Actor.Principal = "\xff" }, ErrInvalid},
 		"no type":           {func(p *Proposal) { p.Type = "" }, ErrUnknownType},
 		"no version":        {func(p *Proposal) { p.Version = 0 }, ErrUnknownType},
-		"newer version":     {func(p *Proposal) { p.Version = 2 }, ErrUnknownType},
+		"newer version":     {func(p *Proposal) { p.Version = Newest(p.Type) + 1 }, ErrUnknownType},
 		"unknown type":      {func(p *Proposal) { p.Type = "approval.eaten" }, ErrUnknownType},
 	} {
 		p := sample

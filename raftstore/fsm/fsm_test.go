@@ -167,7 +167,7 @@ func TestHalt(t *testing.T) {
 	unknown := proposal(5, "a", event.Any)
 	unknown.Type = "not.yet"
 	newer := proposal(5, "a", event.Any)
-	newer.Version = 2
+	newer.Version = event.Newest(newer.Type) + 1
 	for _, c := range []struct {
 		name string
 		log  func(t *testing.T, n *node) *raft.Log
