@@ -261,5 +261,3 @@ func (r *Result) print(l *log.Logger, name string, seed uint64, took time.Durati
 		l.Printf("SKIPPED: %s: %s", what, why)
 	}
 }
-
-func splitLines(s string) []string { return strings.Fields(s) }

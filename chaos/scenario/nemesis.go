@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sallyport/sallyport/chaos/sandbox"
@@ -105,7 +106,7 @@ func playFreezer(ctx context.Context, w *World) error {
 		}
 		w.fault("thaw %s", n.Name)
 		n.ended(&n.silent, time.Now())
-		err = errors.Join(err, f.set(false))
+		err = errors.Join(err, f.set(false), f.release())
 		n.ended(&n.stopped, time.Now().Add(settle))
 		if err != nil {
 			return err
@@ -160,13 +161,18 @@ func (f *freezer) set(frozen bool) error {
 	return os.WriteFile(filepath.Join(f.dir, f.file), []byte(v), 0)
 }
 
+// release gives the processes back: the next freeze is of another node alone.
+func (f *freezer) release() error {
+	pids, err := os.ReadFile(filepath.Join(f.dir, "cgroup.procs"))
+	for _, pid := range strings.Fields(string(pids)) {
+		err = errors.Join(err, os.WriteFile(filepath.Join(f.home, "cgroup.procs"), []byte(pid), 0))
+	}
+	return err
+}
+
 func (f *freezer) remove() {
 	_ = f.set(false)
-	if pids, err := os.ReadFile(filepath.Join(f.dir, "cgroup.procs")); err == nil {
-		for _, pid := range splitLines(string(pids)) {
-			_ = os.WriteFile(filepath.Join(f.home, "cgroup.procs"), []byte(pid), 0)
-		}
-	}
+	_ = f.release()
 	_ = os.Remove(f.dir)
 }
 
