@@ -21,7 +21,7 @@ var rewrite = flag.Bool("rewrite", false, "write the fixtures of new types and v
 
 // A fixture is an event as a node stored it, and what this build reads in it:
 //
-//	testdata/fixtures/TYPE.vN.envelope  hex; written once, never changed
+//	testdata/fixtures/TYPE.vN.envelope  hex; never changed once a release has it
 //	testdata/fixtures/TYPE.vN.json      the payload as the newest version's struct
 func fixture(typ string, version uint32, ext string) string {
 	return filepath.Join("testdata", "fixtures", fmt.Sprintf("%s.v%d.%s", typ, version, ext))
