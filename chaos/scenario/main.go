@@ -24,6 +24,7 @@ import (
 
 // settings are the flags of a run.
 type settings struct {
+	gate     string
 	scenario string
 	seed     uint64
 	time     time.Duration
@@ -44,6 +45,7 @@ func Main(args []string, stdout io.Writer) int {
 	flags.DurationVar(&s.time, "time", 10*time.Minute, "length of the mix")
 	flags.StringVar(&s.out, "out", "", "directory for journals and nodes' logs; default a temporary one, kept when the run fails")
 	flags.StringVar(&s.binary, "binary", os.Getenv("SALLYPORT_BIN"), "sallyport, built with -tags chaos for scenarios with disk faults")
+	flags.StringVar(&s.gate, "kernel-gate", "require", "require for nodes at level 2 of the fence, off for level 1")
 	flags.IntVar(&s.beacons, "sessions", 8, "sessions to be revoked that are kept alive at a time")
 	flags.IntVar(&s.revokes, "revocations", 10_000, "how many the scenario revoke makes")
 	if err := flags.Parse(args); err != nil {
@@ -146,7 +148,7 @@ func (s *settings) names() (names []string, err error) {
 // one plays one scenario, or a mix.
 func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 	began := time.Now()
-	o := options{nodes: 3, seed: s.seed, out: filepath.Join(s.out, name), binary: s.binary, log: log.New(stdout, name+" ", log.Ltime|log.Lmicroseconds)}
+	o := options{nodes: 3, seed: s.seed, out: filepath.Join(s.out, name), binary: s.binary, gate: s.gate, log: log.New(stdout, name+" ", log.Ltime|log.Lmicroseconds)}
 	sc := Scenario{Name: name}
 	switch name {
 	case "mix":

@@ -72,6 +72,7 @@ type options struct {
 	seed       uint64
 	out        string
 	binary     string
+	gate       string // kernelGate of the nodes
 	recordings string
 	files      map[string]string // of the configuration
 	log        *log.Logger
@@ -122,6 +123,8 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 	w.Cluster, err = cluster.Start(ctx, cluster.Options{
 		Nodes: o.nodes, Binary: o.binary, Files: files, Recordings: o.recordings,
 		Place: place, TargetHost: sandbox.Gateway, Log: o.log.Printf,
+		// Each node has a network of its own, and the right to filter in it.
+		ServeArgs: []string{"--kernel-gate=" + o.gate},
 		Started: func(c *cluster.Cluster) { w.Cluster = c },
 	})
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 )
 
 func serveCommand() *cobra.Command {
-	var dir, level string
+	var dir, level, gate string
 	var dev bool
 	c := &cobra.Command{
 		Use: "serve --data-dir DIR", Short: "Run a node", Args: noArgs,
@@ -25,6 +25,12 @@ SIGINT or SIGTERM: then it hands over leadership, lets sessions end for up to
 				return err
 			}
 			cfg.Dev = cfg.Dev || dev
+			if gate != "" {
+				cfg.KernelGate = gate
+				if err := cfg.Validate(); err != nil {
+					return usageError{err}
+				}
+			}
 			var l slog.Level
 			if err := l.UnmarshalText([]byte(level)); err != nil {
 				return usageError{fmt.Errorf("--log-level: %w", err)}
@@ -39,6 +45,7 @@ SIGINT or SIGTERM: then it hands over leadership, lets sessions end for up to
 	}
 	c.Flags().StringVar(&dir, "data-dir", "", "the node's directory (required)")
 	c.Flags().BoolVar(&dev, "dev", false, "for local trials: accept tokens of sallyport dev-issuer and targets without TLS")
+	c.Flags().StringVar(&gate, "kernel-gate", "", "auto, require or off, in place of kernelGate in node.yaml")
 	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	_ = c.MarkFlagRequired("data-dir")
 	return c
