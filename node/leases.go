@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -43,8 +42,8 @@ func (n *Node) newLeases(e fence.Enforcer) *leases {
 			term, _, err := n.store.Confirm(ctx)
 			return term, err
 		},
-		Members: func() []string { return slices.Sorted(maps.Keys(n.state.View().Nodes)) },
-		Former:  func() []string { return slices.Sorted(maps.Keys(n.state.View().Removed)) },
+		Members: func() []string { members, _ := n.lessees(); return members },
+		Former:  func() []string { _, former := n.lessees(); return former },
 		Leader:  n.store.Leader, Log: n.log,
 	})
 	l.holder = fence.NewHolder(fence.HolderConfig{
@@ -88,6 +87,27 @@ func (n *Node) mark(t policy.Tolerance) uint32 {
 		return 0
 	}
 	return n.gate.Mark()
+}
+
+// lessees are the nodes that may hold leases, and those that may not any more:
+// removed or revoked.
+func (n *Node) lessees() (members, former []string) {
+	v := n.state.View()
+	for name := range v.Nodes {
+		if v.NodeRevoked(name) != nil {
+			former = append(former, name)
+		} else {
+			members = append(members, name)
+		}
+	}
+	for name := range v.Removed {
+		if _, again := v.Nodes[name]; !again {
+			former = append(former, name)
+		}
+	}
+	slices.Sort(members)
+	slices.Sort(former)
+	return members, former
 }
 
 // dial opens a stream to the leader's grantor, which may be here.

@@ -125,7 +125,7 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 		Place: place, TargetHost: sandbox.Gateway, Log: o.log.Printf,
 		// Each node has a network of its own, and the right to filter in it.
 		ServeArgs: []string{"--kernel-gate=" + o.gate},
-		Started: func(c *cluster.Cluster) { w.Cluster = c },
+		Started:   func(c *cluster.Cluster) { w.Cluster = c },
 	})
 	if err != nil {
 		return nil, err
