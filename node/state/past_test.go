@@ -105,7 +105,9 @@ func TestAt(t *testing.T) {
 		}
 		if n := p.View().Seq; n < uint64(len(src.events)) {
 			mustFold(t, p, src.events[n:]...)
-			compareView(t, src, p.View())
+			if i%5 == 0 { // each costs as much as all before it
+				compareView(t, src, p.View())
+			}
 		}
 	}
 	if p.View().Seq < 200 || len(p.View().Revocations) < 5 || len(p.View().Approvals) < 5 {
