@@ -130,7 +130,7 @@ func TestKillAtEveryWrite(t *testing.T) {
 			checks++
 			now := m.clone() // what was deleted meanwhile may be there or not
 			was.first = max(was.first, now.first)
-			maps.DeleteFunc(was.terms, func(i, _ uint64) bool { _, ok := now.terms[i]; return !ok })
+			maps.DeleteFunc(was.terms, func(i, term uint64) bool { return now.terms[i] != term })
 			if err := was.check(fs); err != nil {
 				failed = fmt.Errorf("before %v of %s, with %d %% of what was not synced: %w", op.Kind, op.Path, percent, err)
 			}
