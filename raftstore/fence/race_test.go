@@ -4,4 +4,4 @@ package fence
 
 // The model runs in one goroutine; with the detector it takes ten times as long
 // and shows nothing more.
-const modelRuns = 100
+const modelRuns = 30
