@@ -44,6 +44,7 @@ type World struct {
 
 	mu      sync.Mutex
 	skipped map[string]string // faults that this machine cannot have -> why
+	clients map[*node]*api.Client
 	journal *json.Encoder
 	file    *os.File
 }
@@ -80,7 +81,7 @@ type options struct {
 
 // newWorld starts everything; nothing disturbs it yet.
 func newWorld(ctx context.Context, o options) (_ *World, err error) {
-	w := &World{seed: o.seed, rng: rand.New(rand.NewPCG(o.seed, 1)), out: o.out, log: o.log, skipped: map[string]string{}}
+	w := &World{seed: o.seed, rng: rand.New(rand.NewPCG(o.seed, 1)), out: o.out, log: o.log, skipped: map[string]string{}, clients: map[*node]*api.Client{}}
 	if err := os.MkdirAll(o.out, 0o755); err != nil {
 		return nil, err
 	}
@@ -268,13 +269,20 @@ func (w *World) any() *node {
 	return up[w.rng.IntN(len(up))]
 }
 
-// admin calls the API at one node as the administrator.
+// admin calls the API at one node as the administrator. There is one client
+// for each node: each keeps connections open, of which a node takes a limited
+// number from one address.
 func (w *World) admin(n *node) *api.Client {
-	c, err := w.AdminClient(n.Addr)
-	if err != nil {
-		panic(err) // files of our own
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.clients[n] == nil {
+		c, err := w.AdminClient(n.Addr)
+		if err != nil {
+			panic(err) // files of our own
+		}
+		w.clients[n] = c
 	}
-	return c
+	return w.clients[n]
 }
 
 // The nemesis.
