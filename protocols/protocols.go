@@ -164,6 +164,9 @@ type Fence interface {
 	// nil when the write may begin; it waits while the session is frozen, and
 	// returns the *Refusal when it must stop, net.ErrClosed when gone is closed.
 	Enter(gone <-chan struct{}) error
+	// Holds says whether the node may pass bytes of this session at all, were it
+	// not revoked: last words are said only then.
+	Holds() bool
 	// Leave is called right after a write that Enter let begin, with the bytes
 	// that it wrote: the fence looks again, and takes note of a write that may
 	// have gone out after it was to stop.

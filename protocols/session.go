@@ -215,7 +215,9 @@ func (s *Session) Cut(why *Refusal) {
 		// Before anything waits: a client that does not read must not delay the record.
 		s.access.Record.Append(&recording.Entry{Type: recording.Cut, Rule: why.Rule, Reason: why.Reason})
 	}
-	if s.LastWords != nil {
+	// A node without a lease may have been reported as passing nothing more,
+	// and its own words are bytes too.
+	if s.LastWords != nil && (s.access == nil || s.access.Fence.Holds()) {
 		timer := time.NewTimer(lastWordsWait)
 		select {
 		case s.sending <- struct{}{}: // kept: nobody writes after the last words
@@ -223,7 +225,10 @@ func (s *Session) Cut(why *Refusal) {
 				g.lift()
 			}
 			s.Client.SetWriteDeadline(time.Now().Add(lastWordsWait))
-			s.Client.Write(s.LastWords(why))
+			n, _ := s.Client.Write(s.LastWords(why)) // who does not take it does not hear it
+			if s.access != nil {
+				s.access.Fence.Leave(n)
+			}
 		case <-timer.C:
 		}
 		timer.Stop()

@@ -92,6 +92,9 @@ func (f *Fence) Leave(n int) {
 // each direction, of 32 KiB.
 func (f *Fence) Violations() (writes, bytes uint64) { return f.violations.Load(), f.bytes.Load() }
 
+// Holds implements protocols.Fence.
+func (f *Fence) Holds() bool { return f.held() }
+
 func (f *Fence) held() bool { return f.lease.Check == nil || f.lease.Check() == nil }
 
 // Trip ends the session's leave for ever. It does not wait.

@@ -226,6 +226,9 @@ func (s *Session) Enter(gone <-chan struct{}) error {
 	}
 }
 
+// Holds implements protocols.Fence.
+func (s *Session) Holds() bool { return true }
+
 // Leave implements protocols.Fence.
 func (s *Session) Leave(bytes int) { s.passed.Add(int64(bytes)) }
 
