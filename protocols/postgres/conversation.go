@@ -99,6 +99,7 @@ type conversation struct {
 	portals  *names[portal]    // made by Bind
 	cursors  *names[cursor]    // made by DECLARE
 	settings map[string]string // as the target reports them
+	passedBy []awaited         // commands that came after the error and before Sync
 	guard    bool              // some column is masked for this session
 	held     int               // bytes that statements and portals take, at the most
 	leaving  bool              // something was answered, and the client was not sent it yet
@@ -134,7 +135,12 @@ func (c *conversation) push(w awaited) {
 	if c.skipping {
 		if w.step != stepSync {
 			c.skip(&w)
-			c.skipped(&w)
+			// Who reads the target's answers says what became of a command. A
+			// client that never sends Sync has that said of as many as it could
+			// have on their way.
+			if w.op != 0 && len(c.passedBy) < maxPending {
+				c.passedBy = append(c.passedBy, w)
+			}
 			return
 		}
 		c.skipping = false
@@ -212,6 +218,15 @@ func (c *conversation) skipToSync() {
 	}
 	c.copy = copyNone
 	c.skipping = c.n == 0
+}
+
+// settle records the outcome of what was skipped before the Sync that is being
+// answered. c.mu is held.
+func (c *conversation) settle() {
+	for i := range c.passedBy {
+		c.skipped(&c.passedBy[i])
+	}
+	c.passedBy = nil
 }
 
 // skipped records the outcome of a command that the target skips.

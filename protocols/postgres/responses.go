@@ -304,6 +304,9 @@ func (r *responses) Answer(dst, frame []byte) ([]byte, error) {
 		if len(frame) != headerBytes+1 || (w.step != stepQuery && w.step != stepSync) {
 			return dst, outOfPlace(kind)
 		}
+		if w.step == stepSync {
+			r.settle()
+		}
 		if w.step == stepQuery {
 			switch {
 			case w.refused != nil && w.failed == nil:
