@@ -40,6 +40,7 @@ func TestRotation(t *testing.T) {
 	for _, n := range s.Nodes {
 		conn := s.login(t, n, "bench", token)
 		wg.Go(func() {
+			defer conn.Close(context.WithoutCancel(ctx)) // a node that stops waits for its sessions
 			for i := 0; ; i++ {
 				select {
 				case <-done:
