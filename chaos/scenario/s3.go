@@ -58,13 +58,11 @@ func startS3(ctx context.Context, dir string) (*s3Server, error) {
 	s.set("")
 	os.Setenv("AWS_ACCESS_KEY_ID", s3Key) // which nodes and the judge inherit
 	os.Setenv("AWS_SECRET_ACCESS_KEY", s3Secret)
-	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: back})
-	director := proxy.Director
-	proxy.Director = func(r *http.Request) {
-		host := r.Host // what the caller signed
-		director(r)
-		r.Host = host
-	}
+	target := &url.URL{Scheme: "http", Host: back}
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(target)
+		r.Out.Host = r.In.Host // what the caller signed
+	}}
 	proxy.ModifyResponse = func(r *http.Response) error {
 		if *s.mood.Load() == "lie" && r.Request.Method == http.MethodPut {
 			r.Header.Set("ETag", `"00000000000000000000000000000000"`)
