@@ -72,8 +72,8 @@ type note struct {
 }
 
 // Enforce implements fence.Enforcer: first nobody gets in, then nobody begins
-// another write, then the sessions are taken down, and when their goroutines
-// have ended and their targets were told to stop, it is quiet.
+// another write, then their connections are reset, and when nothing is on its
+// way into a socket any more, it is quiet.
 func (f *fences) Enforce(r fence.Revocation) <-chan []byte {
 	quiet := make(chan []byte, 1)
 	var p event.Revoked
@@ -102,7 +102,7 @@ func (f *fences) Enforce(r fence.Revocation) <-chan []byte {
 		return quiet
 	}
 	f.ending.Go(func() {
-		if err := cutting.End(f.stop); err == nil {
+		if err := cutting.Cut(f.stop); err == nil {
 			say()
 		}
 	})

@@ -134,7 +134,8 @@ type Lease interface {
 	LoggedIn(ctx context.Context, backend uint32) error
 	// Cancel stops what the connection is running now, leaving it open.
 	Cancel(ctx context.Context) error
-	// Terminate ends the connection from the target's side.
+	// Terminate ends the connection from the target's side, and what runs on it,
+	// and waits until it is gone. It may be called at any time, from any goroutine.
 	Terminate(ctx context.Context) error
 	// Release hands over what the account owns and drops it. The connection
 	// must be closed before. Safe to call more than once.
@@ -161,8 +162,9 @@ type Fence interface {
 	// does not wait, and says nothing of a freeze.
 	Check() error
 	// Enter is called right before every write in either direction. It returns
-	// nil when the write may begin; it waits while the session is frozen, and
-	// returns the *Refusal when it must stop, net.ErrClosed when gone is closed.
+	// nil when the write may begin, which Leave must follow; it waits while the
+	// session is frozen, and returns the *Refusal when it must stop, net.ErrClosed
+	// when gone is closed.
 	Enter(gone <-chan struct{}) error
 	// Holds says whether the node may pass bytes of this session at all, were it
 	// not revoked: last words are said only then.
@@ -171,6 +173,8 @@ type Fence interface {
 	// that it wrote: the fence looks again, and takes note of a write that may
 	// have gone out after it was to stop.
 	Leave(bytes int)
+	// Wrote is Leave for bytes that were written without Enter: last words.
+	Wrote(bytes int)
 }
 
 // Hold is an operation that waits for approval.

@@ -128,6 +128,9 @@ func (c *Channel) Relay(ctx context.Context, req Requests, resp Responses, farew
 	})
 	wg.Go(func() {
 		responses = c.contained(c.relayResponses)
+		if c.resp.locked {
+			close(c.s.torn)
+		}
 		var r *Refusal
 		if errors.As(responses, &r) {
 			c.s.Cut(r)

@@ -35,6 +35,9 @@ type Session struct {
 	// a cut can stop waiting for it. A holder keeps it until the bytes it wrote
 	// end at a frame boundary.
 	sending chan struct{}
+	// torn is closed when the client was left inside a frame, and nobody will
+	// complete it: there is no place for last words.
+	torn chan struct{}
 	// gone is closed when the session is cut or ended.
 	gone   chan struct{}
 	goOnce sync.Once
@@ -44,18 +47,21 @@ type Session struct {
 	// last thing it reads; nil writes nothing. Set before Open.
 	LastWords func(why *Refusal) []byte
 
-	lateMu sync.Mutex // guards legs against a cut while they are being set
+	lateMu sync.Mutex // guards legs and lease against a cut while they are being set
 	legs   []net.Conn
 }
 
+// lastWordsWait is how long a cut waits for a frame boundary and for the client
+// to take the reason. It is part of the time from revoke to cut-off. Tests wait
+// longer.
+var lastWordsWait = 200 * time.Millisecond
+
 const (
-	// lastWordsWait is how long a cut waits for a frame boundary and for the
-	// client to take the reason. It is part of the time from revoke to cut-off.
-	lastWordsWait = 200 * time.Millisecond
 	// endWait bounds ending a session: telling the target to stop, dropping the
 	// account.
 	endWait = 10 * time.Second
-	// killWait bounds telling the target to stop: a revocation waits for it.
+	// killWait bounds ending what a cut session runs at its target: a revocation
+	// waits for it.
 	killWait = 3 * time.Second
 )
 
@@ -112,11 +118,18 @@ func (s *Session) interrupt() {
 // enter waits until the session may pass bytes. It is asked where a message
 // begins, so that a session that ends frozen can still be told why; the gates
 // ask again for every piece that they write.
-func (s *Session) enter() error { return s.access.Fence.Enter(s.gone) }
+func (s *Session) enter() error {
+	err := s.access.Fence.Enter(s.gone)
+	if err == nil {
+		s.access.Fence.Leave(0)
+	}
+	return err
+}
 
 func (s *Session) init() {
 	if s.gone == nil {
 		s.gone = make(chan struct{})
+		s.torn = make(chan struct{})
 		s.sending = make(chan struct{}, 1)
 		s.legs = append(s.legs, s.Client)
 	}
@@ -140,7 +153,9 @@ func (s *Session) Connect(ctx context.Context, login func(context.Context, Login
 	if err != nil {
 		return fmt.Errorf("credential: %w", err)
 	}
+	s.lateMu.Lock()
 	s.lease = lease
+	s.lateMu.Unlock()
 	conn, err := lease.Dial(ctx)
 	if err != nil {
 		return fmt.Errorf("dial: %w", err)
@@ -198,11 +213,13 @@ func (s *Session) Err() error {
 
 // Cut ends the session now: the target's connection is reset, the client reads
 // why, if it is at a frame boundary and takes it within 200 ms, then its
-// connection is reset too, so that blocked reads and writes return. It returns
-// when that is done. Safe to call from any goroutine, more than once.
+// connection is reset too, so that blocked reads and writes return. Meanwhile
+// the target ends what it still runs. It returns when that is done; a target
+// that hangs is not waited for longer than killWait. Safe to call from any goroutine, more than once.
 func (s *Session) Cut(why *Refusal) {
 	if !s.cut.CompareAndSwap(nil, why) {
-		<-s.gone // whoever was first resets
+		<-s.gone // whoever was first resets, or has
+		s.reset()
 		return
 	}
 	s.interrupt()
@@ -210,7 +227,20 @@ func (s *Session) Cut(why *Refusal) {
 	for _, c := range s.legs[1:] {
 		abort(c)
 	}
+	lease := s.lease
 	s.lateMu.Unlock()
+	if lease != nil { // beside what follows
+		told := make(chan struct{})
+		defer func() { <-told }()
+		go func() {
+			defer close(told)
+			ctx, cancel := context.WithTimeout(context.Background(), killWait)
+			defer cancel()
+			if err := lease.Terminate(ctx); err != nil {
+				s.Env.Log.Warn("what a session that was cut runs at its target may go on", "err", err)
+			}
+		}()
+	}
 	if s.access != nil && s.access.Record != nil {
 		// Before anything waits: a client that does not read must not delay the record.
 		s.access.Record.Append(&recording.Entry{Type: recording.Cut, Rule: why.Rule, Reason: why.Reason})
@@ -227,8 +257,9 @@ func (s *Session) Cut(why *Refusal) {
 			s.Client.SetWriteDeadline(time.Now().Add(lastWordsWait))
 			n, _ := s.Client.Write(s.LastWords(why)) // who does not take it does not hear it
 			if s.access != nil {
-				s.access.Fence.Leave(n)
+				s.access.Fence.Wrote(n)
 			}
+		case <-s.torn:
 		case <-timer.C:
 		}
 		timer.Stop()

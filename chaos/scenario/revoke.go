@@ -109,16 +109,18 @@ func (w *World) timeRevoke(ctx context.Context) (missed []string, err error) {
 		return nil, err
 	}
 	defer p.close()
-	w.load.loop("beacons", 20*time.Millisecond, func(ctx context.Context) { w.load.keepBeacons(ctx, 6) })
 	leader, err := w.leader(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var live, stopped []time.Duration
+	// Sessions are made between the measurements: a login costs syncs and work on
+	// the same disk and processors.
+	sessions := func() error {
+		w.load.keepBeacons(ctx, 6)
+		return errors.Join(w.load.await(ctx, 6), sleep(ctx, settle))
+	}
 	one := func() (time.Duration, error) {
-		if err := w.load.await(ctx, 1); err != nil {
-			return 0, err
-		}
 		b := w.load.take(1)
 		if len(b) == 0 {
 			return 0, errors.New("the session ended by itself")
@@ -128,7 +130,7 @@ func (w *World) timeRevoke(ctx context.Context) (missed []string, err error) {
 		return time.Since(began), err
 	}
 	for range 60 {
-		if err := p.measure(5); err != nil {
+		if err := errors.Join(sessions(), p.measure(5)); err != nil {
 			return nil, err
 		}
 		took, err := one()
@@ -145,7 +147,7 @@ func (w *World) timeRevoke(ctx context.Context) (missed []string, err error) {
 		if leader, err = w.leader(ctx); err != nil {
 			return nil, err
 		}
-		if err := w.load.await(ctx, 2); err != nil {
+		if err := sessions(); err != nil {
 			return nil, err
 		}
 		if err := w.pause(n); err != nil {

@@ -165,17 +165,21 @@ func (l *Lease) Terminate(ctx context.Context) error {
 	return nil
 }
 
-// terminate ends every backend of role and waits until they are gone. Between
-// looks the connection is free for others: a revocation ends many at once.
+// terminate ends every backend of role and waits until they are gone: a backend
+// takes about a millisecond to end, and a revocation waits for it. Between looks
+// the connection is free for others: a revocation ends many at once.
 func (i *Issuer) terminate(ctx context.Context, t *TargetConfig, role string) error {
 	ctx, cancel := context.WithTimeout(ctx, terminateTimeout+dialTimeout)
 	defer cancel()
 	deadline := time.Now().Add(terminateTimeout)
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+	for wait := time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
 		var pids []uint32
 		err := i.with(ctx, t, t.AdminDatabase, urgent, func(ctx context.Context, c *pgx.Conn) (err error) {
 			if pids, err = backends(ctx, c, role); err != nil || len(pids) == 0 {
 				return err
+			}
+			if wait > time.Millisecond && wait < 16*time.Millisecond {
+				return nil // told a moment ago
 			}
 			// As the role itself: a process id that meanwhile belongs to
 			// somebody else is not ours to signal, and PostgreSQL sees to it.

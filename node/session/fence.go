@@ -41,6 +41,9 @@ type Fence struct {
 	tripped atomic.Pointer[protocols.Refusal]
 	// still is set while the session may not go on without being judged.
 	still atomic.Bool
+	// inside counts writes between Enter and Leave: at most one of each
+	// direction, and one that looks whether it may.
+	inside atomic.Int32
 
 	judging sync.Mutex // held while deciding anew; taken before mu
 	mu      struct {
@@ -48,6 +51,7 @@ type Fence struct {
 		freezes   map[string]bool // by the id of the revocation that is proposed
 		since     time.Time       // frozen since, zero when it is not
 		changed   chan struct{}   // closed when the state changes; nil when nobody waits
+		rested    chan struct{}   // closed at rest; nil when nobody has asked
 		interrupt func()
 	}
 	violations, bytes atomic.Uint64
@@ -64,7 +68,11 @@ func (f *Fence) Check() error {
 // Enter implements protocols.Fence: a few atomic loads and the lease's clock.
 func (f *Fence) Enter(gone <-chan struct{}) error {
 	for {
+		// Inside before the look: whoever trips the fence afterwards sees a write
+		// that it did not stop, and waits for it.
+		f.inside.Add(1)
 		if r := f.tripped.Load(); r != nil {
+			f.outside()
 			return r
 		}
 		if !f.still.Load() && f.held() {
@@ -72,6 +80,7 @@ func (f *Fence) Enter(gone <-chan struct{}) error {
 			// a moment earlier; the lease is looked at last, and again by Leave.
 			return nil
 		}
+		f.outside()
 		if err := f.wait(gone); err != nil {
 			return err
 		}
@@ -81,9 +90,47 @@ func (f *Fence) Enter(gone <-chan struct{}) error {
 // Leave implements protocols.Fence. A write during which the lease ended may
 // have gone out after it had: that is a violation, and counted.
 func (f *Fence) Leave(n int) {
+	f.Wrote(n)
+	f.outside()
+}
+
+// Wrote implements protocols.Fence.
+func (f *Fence) Wrote(n int) {
 	if n > 0 && !f.held() {
 		f.violations.Add(1)
 		f.bytes.Add(uint64(n))
+	}
+}
+
+func (f *Fence) outside() {
+	if f.inside.Add(-1) == 0 && f.tripped.Load() != nil {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.rest()
+	}
+}
+
+// Rested is closed when the fence has tripped and every write that it let begin
+// has ended: nothing is between it and a socket any more.
+func (f *Fence) Rested() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.mu.rested == nil {
+		f.mu.rested = make(chan struct{})
+	}
+	f.rest()
+	return f.mu.rested
+}
+
+// rest is called under mu.
+func (f *Fence) rest() {
+	if f.mu.rested == nil || f.inside.Load() != 0 || f.tripped.Load() == nil {
+		return
+	}
+	select {
+	case <-f.mu.rested:
+	default:
+		close(f.mu.rested)
 	}
 }
 

@@ -1,7 +1,7 @@
 // Package session is the registry of live sessions on this node. It cuts
-// them: a session whose fence has tripped passes no further byte, what its
-// target still runs is stopped, both legs are reset, and the cut is reported
-// done only when the session's goroutines have ended.
+// them: a session whose fence has tripped begins no further write, both legs are
+// reset, and the cut is reported done only when it is at rest: no goroutine is
+// between the fence and a socket. Its end follows.
 package session
 
 import (
@@ -59,13 +59,14 @@ type Entry struct {
 		cut    bool
 		closed bool
 	}
-	done chan struct{}
+	reset chan struct{} // closed when both legs have been reset by a cut
+	done  chan struct{} // closed when the session's goroutines have ended
 }
 
 // NewEntry returns an entry for Registry.Add. lease is the node's, as this
 // session's mode has it.
 func NewEntry(info Info, lease Lease) *Entry {
-	e := &Entry{info: info, done: make(chan struct{})}
+	e := &Entry{info: info, reset: make(chan struct{}), done: make(chan struct{})}
 	e.Fence.lease = lease
 	return e
 }
@@ -73,8 +74,9 @@ func NewEntry(info Info, lease Lease) *Entry {
 // OnFreeze sets what makes blocked writes return to the fence.
 func (e *Entry) OnFreeze(interrupt func()) { e.Fence.onInterrupt(interrupt) }
 
-// OnCut sets what resets both legs. If the session has been cut already, it
-// is called at once.
+// OnCut sets what resets both legs, and returns when nothing leaves either of
+// them any more. If the session has been cut already, it is called at once. It
+// is set once.
 func (e *Entry) OnCut(reset func()) {
 	e.mu.Lock()
 	cut := e.mu.cut
@@ -82,6 +84,7 @@ func (e *Entry) OnCut(reset func()) {
 	e.mu.Unlock()
 	if cut {
 		reset()
+		close(e.reset)
 	}
 }
 
@@ -104,10 +107,12 @@ func (e *Entry) Info() Info {
 	return i
 }
 
-// Cut stops the session and returns when its goroutines have ended, and its
-// target was told to stop what still runs, or when ctx ends. From its first
-// line on, no byte passes: the fence has tripped. Then both legs are reset, so
-// that the kernel drops what it has not sent.
+// Cut stops the session and returns when it is at rest, or when ctx ends. From
+// its first line on, no write begins: the fence has tripped. Then both legs are
+// reset, so that the kernel drops what it has not sent. At rest means that this
+// is done, and that no goroutine is between the fence and a socket: nothing of
+// the session leaves this node any more. The session ends by itself then (Ended):
+// the account is dropped, the recording completed.
 func (e *Entry) Cut(ctx context.Context, why *protocols.Refusal) error {
 	e.Fence.Trip(why)
 	e.mu.Lock()
@@ -117,7 +122,25 @@ func (e *Entry) Cut(ctx context.Context, why *protocols.Refusal) error {
 	e.mu.Unlock()
 	if first && reset != nil {
 		reset()
+		close(e.reset)
 	}
+	select {
+	case <-e.reset:
+	case <-e.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-e.Fence.Rested():
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Ended returns when the session's goroutines have ended, or when ctx does.
+func (e *Entry) Ended(ctx context.Context) error {
 	select {
 	case <-e.done:
 		return nil
@@ -202,8 +225,8 @@ func (r *Registry) Get(id string) *Entry {
 // Has reports whether the session is live here.
 func (r *Registry) Has(id string) bool { return r.Get(id) != nil }
 
-// Cutting is what Trip began: sessions that pass nothing any more, and have
-// not all ended.
+// Cutting is what Trip began: sessions that begin no write any more, and are
+// not all at rest.
 type Cutting struct {
 	Sessions int
 	entries  []*Entry
@@ -211,7 +234,7 @@ type Cutting struct {
 }
 
 // Trip trips the fence of every session that match holds for. When it returns,
-// none of them begins another write. End does the rest.
+// none of them begins another write. Cut does the rest.
 func (r *Registry) Trip(match func(Info) bool, why *protocols.Refusal) *Cutting {
 	hit := r.where(match)
 	for _, e := range hit {
@@ -220,11 +243,21 @@ func (r *Registry) Trip(match func(Info) bool, why *protocols.Refusal) *Cutting 
 	return &Cutting{Sessions: len(hit), entries: hit, why: why}
 }
 
-// End cuts the sessions, all at once, and returns when all have ended or ctx has.
-func (c *Cutting) End(ctx context.Context) error {
+// Cut cuts the sessions, all at once, and returns when all are at rest or ctx
+// has ended.
+func (c *Cutting) Cut(ctx context.Context) error {
+	return c.each(func(e *Entry) error { return e.Cut(ctx, c.why) })
+}
+
+// Ended returns when the sessions' goroutines have ended, or ctx has.
+func (c *Cutting) Ended(ctx context.Context) error {
+	return c.each(func(e *Entry) error { return e.Ended(ctx) })
+}
+
+func (c *Cutting) each(do func(*Entry) error) error {
 	errs := make(chan error, len(c.entries))
 	for _, e := range c.entries {
-		go func() { errs <- e.Cut(ctx, c.why) }()
+		go func() { errs <- do(e) }()
 	}
 	var first error
 	for range c.entries {
@@ -245,10 +278,10 @@ func (c *Cutting) Violations() (writes, bytes uint64) {
 }
 
 // CutWhere cuts every session that match holds for, and returns how many there
-// were when all of them have ended or ctx has.
+// were when all of them are at rest or ctx has ended.
 func (r *Registry) CutWhere(ctx context.Context, match func(Info) bool, why *protocols.Refusal) (int, error) {
 	c := r.Trip(match, why)
-	return c.Sessions, c.End(ctx)
+	return c.Sessions, c.Cut(ctx)
 }
 
 // Freeze stops every session that match holds for, until Thaw of the same id.
@@ -291,7 +324,7 @@ func (r *Registry) Run(ctx context.Context, changed func() <-chan struct{}) erro
 		next := changed()
 		for _, e := range r.where(func(Info) bool { return true }) {
 			if why := e.Fence.Look(); why != nil && !e.cutting() {
-				go func() { _ = e.Cut(ctx, why) }() // ends with the session, or ctx
+				go func() { _ = e.Cut(ctx, why) }() // ends when it is at rest, or with ctx
 			}
 		}
 		select {
@@ -317,7 +350,9 @@ func (r *Registry) Drain(ctx context.Context, why *protocols.Refusal) {
 		case <-ctx.Done():
 			cctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
-			_, _ = r.CutWhere(cctx, func(Info) bool { return true }, why)
+			c := r.Trip(func(Info) bool { return true }, why)
+			_ = c.Cut(cctx)
+			_ = c.Ended(cctx)
 			return
 		}
 	}

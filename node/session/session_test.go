@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,7 +29,7 @@ func TestCutOrder(t *testing.T) {
 		order = append(order, s)
 	}
 	e.OnFreeze(func() { note("interrupt") })
-	e.OnCut(func() { note("reset"); go r.Done(e) })
+	e.OnCut(func() { note("reset"); r.Done(e) })
 
 	n, err := r.CutWhere(t.Context(), func(i Info) bool { return i.Subject == "ci/a" }, why)
 	if n != 1 || err != nil {
@@ -46,19 +47,76 @@ func TestCutOrder(t *testing.T) {
 	}
 }
 
-// A cut is not reported done while the session's goroutines run.
-func TestCutWaitsForTheEnd(t *testing.T) {
+// A cut is not reported done before the legs are reset, nor while a write is
+// between the fence and a socket. It does not wait for the session's end.
+func TestCutWaitsForRest(t *testing.T) {
+	e := NewEntry(Info{ID: "s1"}, Lease{})
+	short := func() context.Context {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		t.Cleanup(cancel)
+		return ctx
+	}
+	if err := e.Fence.Enter(nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Cut(short(), why); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("cut of a session whose legs nobody has reset: %v", err)
+	}
+	resetting := make(chan struct{})
+	go e.OnCut(func() { <-resetting })
+	if err := e.Cut(short(), why); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("cut of a session whose legs are being reset: %v", err)
+	}
+	close(resetting)
+	if err := e.Cut(short(), why); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("cut while a write has entered and not left: %v", err)
+	}
+	e.Fence.Leave(1)
+	if err := e.Cut(t.Context(), why); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Ended(short()); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("it has not ended, and says: %v", err)
+	}
+}
+
+// A session that ended by itself is at rest, whatever a cut finds of it.
+func TestCutOfTheEnded(t *testing.T) {
 	r := NewRegistry(10)
 	e := NewEntry(Info{ID: "s1"}, Lease{})
 	r.Add(e)
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if err := e.Cut(ctx, why); !errors.Is(err, context.DeadlineExceeded) {
-		t.Fatalf("cut of a session that did not end: %v", err)
-	}
 	r.Done(e)
-	if err := e.Cut(t.Context(), why); err != nil {
+	if err := errors.Join(e.Cut(t.Context(), why), e.Ended(t.Context())); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Whoever asks the fence and is refused does not count as a write, however
+// many ask while it trips.
+func TestFenceRests(t *testing.T) {
+	for range 200 {
+		var f Fence
+		var asking sync.WaitGroup
+		for range 4 {
+			asking.Go(func() {
+				for f.Enter(nil) == nil {
+					f.Leave(0)
+				}
+			})
+		}
+		rested := f.Rested()
+		select {
+		case <-rested:
+			t.Fatal("at rest before it has tripped")
+		default:
+		}
+		f.Trip(why)
+		select {
+		case <-rested:
+		case <-time.After(10 * time.Second):
+			t.Fatal("not at rest though nobody writes")
+		}
+		asking.Wait()
 	}
 }
 

@@ -232,6 +232,9 @@ func (s *Session) Holds() bool { return true }
 // Leave implements protocols.Fence.
 func (s *Session) Leave(bytes int) { s.passed.Add(int64(bytes)) }
 
+// Wrote implements protocols.Fence.
+func (s *Session) Wrote(bytes int) { s.passed.Add(int64(bytes)) }
+
 // Passed is how many bytes have gone through the fence, both ways together.
 func (s *Session) Passed() int64 { return s.passed.Load() }
 
