@@ -194,16 +194,17 @@ func (n *Node) authority(v *state.View) (*pki.CA, error) {
 // can, whose proposal the leader checks.
 func (n *Node) keepSealed(ctx context.Context) error {
 	var done struct { // for which there was nothing to do
-		config             uint64
-		nodes, revocations uintptr
-		leader             string
+		config      uint64
+		nodes       uintptr
+		revocations state.Map[*state.Revocation]
+		leader      string
 	}
 	for {
 		v := n.state.View()
 		now := done
 		now.leader, _ = n.store.Leader()
 		// A View's maps never change.
-		now.config, now.nodes, now.revocations = v.ConfigVersion, reflect.ValueOf(v.Nodes).Pointer(), reflect.ValueOf(v.Revocations).Pointer()
+		now.config, now.nodes, now.revocations = v.ConfigVersion, reflect.ValueOf(v.Nodes).Pointer(), v.Revocations
 		pause := sealPause
 		if now != done {
 			did, err := n.sealAnew(ctx, v, now.leader)

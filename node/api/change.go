@@ -166,7 +166,7 @@ func (s *Server) approvalInfo(a *state.Approval) ApprovalInfo {
 func (s *Server) listApprovals(_ http.ResponseWriter, r *request) (any, error) {
 	want := r.URL.Query().Get("state")
 	infos := []ApprovalInfo{}
-	for _, a := range s.State.View().Approvals {
+	for a := range s.State.View().Approvals.Values() {
 		if i := s.approvalInfo(a); want == "" || i.State == want {
 			infos = append(infos, i)
 		}
@@ -177,7 +177,7 @@ func (s *Server) listApprovals(_ http.ResponseWriter, r *request) (any, error) {
 
 func (s *Server) approvalOf(r *request) (*state.Approval, error) {
 	id := r.PathValue("id")
-	a := s.State.View().Approvals[id]
+	a := s.State.View().Approvals.Get(id)
 	if a == nil {
 		return nil, notFound("there is no approval request %q; `sallyport approvals list` shows them", id)
 	}
@@ -302,7 +302,7 @@ func (s *Server) ProposeFor(ctx context.Context, node string, in *Proposal) (*Co
 		if err != nil {
 			return nil, invalid("%v", err)
 		}
-		a := s.State.View().Approvals[p.ID]
+		a := s.State.View().Approvals.Get(p.ID)
 		if err := approval.CheckEnded(p, a, node, s.Now()); err != nil {
 			return nil, &Failure{&Problem{Code: "conflict", Error: err.Error(), Status: http.StatusConflict}}
 		}
@@ -366,7 +366,7 @@ const (
 
 func (s *Server) roomToAsk(subject string) error {
 	all, own, recent, now := 0, 0, 0, s.Now()
-	for _, a := range s.State.View().Approvals {
+	for a := range s.State.View().Approvals.Values() {
 		pending := a.State(now) == "pending"
 		if pending {
 			all++

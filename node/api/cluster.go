@@ -213,7 +213,7 @@ func (s *Server) joinLeader(w http.ResponseWriter, r *http.Request, in *JoinRequ
 	denied := &Failure{&Problem{Code: "unauthenticated", Status: http.StatusUnauthorized,
 		Error: "the join token is not known, was used already or has expired: make a new one with `sallyport cluster token create`"}}
 	v := s.State.View()
-	tok, ok := v.JoinTokens[in.TokenID]
+	tok, ok := v.JoinTokens.Find(in.TokenID)
 	if !ok || !in.presents(&tok.JoinTokenMade) || s.Now().After(tok.Expires) {
 		return nil, denied
 	}

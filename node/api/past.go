@@ -134,13 +134,13 @@ func (s *Server) stateAt(_ http.ResponseWriter, r *request) (any, error) {
 		n := v.Nodes[name]
 		a.Nodes = append(a.Nodes, MemberInfo{Name: n.Name, Addr: n.Addr, Role: n.Role})
 	}
-	for _, rev := range v.Revocations {
+	for rev := range v.Revocations.Values() {
 		if rev.Undone.IsZero() {
 			a.Revocations = append(a.Revocations, revocationInfo(rev))
 		}
 	}
 	slices.SortFunc(a.Revocations, func(x, y RevocationInfo) int { return cmp.Compare(x.Index, y.Index) })
-	for _, ap := range v.Approvals {
+	for ap := range v.Approvals.Values() {
 		if st := ap.State(m.now); st == "pending" || st == "approved" {
 			i := s.approvalInfo(ap)
 			i.State = st
@@ -179,7 +179,7 @@ func (s *Server) explain(_ http.ResponseWriter, r *request) (any, error) {
 		}
 	}
 	b := state.BearerOf(subject).At(node, in.Target)
-	for _, rev := range v.Revocations {
+	for rev := range v.Revocations.Values() {
 		if rev.Undone.IsZero() && b.Ends(rev.Scope) {
 			out.Revocations = append(out.Revocations, revocationInfo(rev))
 		}

@@ -39,7 +39,7 @@ func revocationInfo(r *state.Revocation) RevocationInfo {
 
 func (s *Server) listRevocations(http.ResponseWriter, *request) (any, error) {
 	infos := []RevocationInfo{}
-	for _, r := range s.State.View().Revocations {
+	for r := range s.State.View().Revocations.Values() {
 		infos = append(infos, revocationInfo(r))
 	}
 	sort.Slice(infos, func(i, j int) bool { return infos[i].Index < infos[j].Index })
@@ -164,7 +164,7 @@ func (s *Server) revoke(w http.ResponseWriter, r *request) (any, error) {
 	if p, err := event.Decode[event.Revoked](ev); err != nil || p.Ends() != in.Scope {
 		return nil, invalid("this Idempotency-Key was used for something else")
 	}
-	rev := s.State.View().Revocations[id]
+	rev := s.State.View().Revocations.Get(id)
 	if rev == nil {
 		return nil, fmt.Errorf("the revocation is stored, and this node has not folded it yet: %w", context.DeadlineExceeded)
 	}
@@ -339,14 +339,12 @@ func (s *Server) CompleteRevocations(ctx context.Context) error {
 
 // look finds revocations that have come into force, from number from on.
 func (s *Server) look(ctx context.Context, from uint64) (done []fenced, next uint64) {
-	v := s.State.View()
-	revs := slices.SortedFunc(maps.Values(v.Unfenced), func(a, b *state.Revocation) int { return cmp.Compare(a.Seq, b.Seq) })
-	i, _ := slices.BinarySearchFunc(revs, from, func(r *state.Revocation, seq uint64) int { return cmp.Compare(r.Seq, seq) })
 	now, cancel := context.WithCancel(ctx)
 	cancel()
 	limit := s.limit()
-	for n, r := range revs[i:] {
-		if n == maxLooked {
+	n := 0
+	for r := range s.State.View().Unfenced(from) {
+		if n++; n > maxLooked {
 			return done, r.Seq
 		}
 		report, err := s.Grantor.Await(now, r.Seq, limit)
@@ -366,7 +364,7 @@ func (s *Server) storeFenced(ctx context.Context, batch []fenced) {
 	var proposals []event.Proposal
 	seen := map[string]bool{}
 	for _, f := range batch {
-		if seen[f.rev.ID] || s.State.View().Unfenced[f.rev.ID] == nil {
+		if rev := s.State.View().Revocations.Get(f.rev.ID); seen[f.rev.ID] || rev == nil || rev.Fenced != nil {
 			continue
 		}
 		seen[f.rev.ID] = true
@@ -405,7 +403,7 @@ func (s *Server) showRevocation(_ http.ResponseWriter, r *request) (any, error) 
 		}
 	}
 	id := r.PathValue("id")
-	rev := s.State.View().Revocations[id]
+	rev := s.State.View().Revocations.Get(id)
 	if rev == nil {
 		return nil, notFound("there is no revocation %q; `sallyport revocations list` shows them", id)
 	}
@@ -430,7 +428,7 @@ func (s *Server) showRevocation(_ http.ResponseWriter, r *request) (any, error) 
 
 func (s *Server) meshRevocation(w http.ResponseWriter, r *http.Request) {
 	wait, err := time.ParseDuration(r.URL.Query().Get("wait"))
-	rev := s.State.View().Revocations[r.PathValue("id")]
+	rev := s.State.View().Revocations.Get(r.PathValue("id"))
 	switch {
 	case err != nil:
 		fail(w, problem(invalid("wait: %v", err)))
@@ -494,7 +492,7 @@ func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
 		return nil, invalid("reason: want a sentence, at most 1000 bytes")
 	}
 	id := r.PathValue("id")
-	rev := s.State.View().Revocations[id]
+	rev := s.State.View().Revocations.Get(id)
 	if _, done := s.done(r, event.TypeRevocationUndone); done && rev != nil {
 		return revocationInfo(rev), nil
 	}
@@ -513,7 +511,7 @@ func (s *Server) undo(w http.ResponseWriter, r *request) (any, error) {
 	if _, err := s.propose(w, r, event.TypeRevocationUndone, "revocation/"+id, event.Any, event.RevocationUndone{ID: id, Reason: in.Reason}); err != nil {
 		return nil, err
 	}
-	return revocationInfo(s.State.View().Revocations[id]), nil
+	return revocationInfo(s.State.View().Revocations.Get(id)), nil
 }
 
 // checkRevocations refuses a configuration that would lift a revocation in
@@ -525,7 +523,7 @@ func (s *Server) checkRevocations(v *state.View, b *bundle.Bundle) error {
 	if v.Config == nil {
 		return nil
 	}
-	for _, r := range v.Revocations {
+	for r := range v.Revocations.Values() {
 		if r.Scope.Kind != event.ScopeClaim || !r.Undone.IsZero() {
 			continue
 		}

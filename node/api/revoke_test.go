@@ -149,7 +149,7 @@ func TestScopesRefused(t *testing.T) {
 			t.Errorf("%s: %d %s; want %q", scope, code, body, want)
 		}
 	}
-	if len(r.grantor.frozen) != 0 || len(r.State.View().Revocations) != 0 {
+	if len(r.grantor.frozen) != 0 || r.State.View().Revocations.Len() != 0 {
 		t.Error("something happened all the same")
 	}
 }

@@ -245,7 +245,7 @@ func TestIdempotency(t *testing.T) {
 			t.Fatalf("%d %s", code, body)
 		}
 	}
-	if n := len(r.State.View().Revocations); n != 1 {
+	if n := r.State.View().Revocations.Len(); n != 1 {
 		t.Fatalf("%d revocations from one key", n)
 	}
 	if code, body := send("ci/other"); code < 400 || !strings.Contains(body, "Idempotency-Key") {
@@ -272,7 +272,7 @@ func TestSignedChangeNeedsAKey(t *testing.T) {
 	req.Header.Set("Authorization", "Sallyport-Certificate x")
 	w := httptest.NewRecorder()
 	r.Handler().ServeHTTP(w, req)
-	if w.Code != http.StatusBadRequest || len(r.State.View().Revocations) != 0 {
-		t.Fatalf("%d %s, %d revocations", w.Code, w.Body, len(r.State.View().Revocations))
+	if w.Code != http.StatusBadRequest || r.State.View().Revocations.Len() != 0 {
+		t.Fatalf("%d %s, %d revocations", w.Code, w.Body, r.State.View().Revocations.Len())
 	}
 }

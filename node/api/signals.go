@@ -129,7 +129,7 @@ func (s *Server) endOn(w http.ResponseWriter, r *http.Request, sig identity.Sign
 	if err != nil {
 		return fmt.Errorf("this node cannot record now, and nothing happens unrecorded: %w", err)
 	}
-	if effect == "ignore" || s.State.View().Revocations[id] != nil {
+	if effect == "ignore" || s.State.View().Revocations.Get(id) != nil {
 		return nil
 	}
 	reason := fmt.Sprintf("identity provider %s: session revoked", sig.Provider)

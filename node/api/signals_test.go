@@ -64,8 +64,8 @@ func TestSignals(t *testing.T) {
 		}
 	}
 	v := r.State.View()
-	if len(v.Revocations) != 2 {
-		t.Fatalf("%d revocations, want 2", len(v.Revocations))
+	if v.Revocations.Len() != 2 {
+		t.Fatalf("%d revocations, want 2", v.Revocations.Len())
 	}
 	alice := state.Bearer{Subject: "sso/alice", IssuedAt: at}
 	rev := v.Refuses(&alice)
@@ -85,7 +85,7 @@ func TestSignals(t *testing.T) {
 
 	r.deaf = true
 	logout.ID = "j9"
-	if status, _ := r.call(http.MethodPost, "/v1/signals/logout", "logout_token=good", false); status < 500 || len(r.State.View().Revocations) != 2 {
+	if status, _ := r.call(http.MethodPost, "/v1/signals/logout", "logout_token=good", false); status < 500 || r.State.View().Revocations.Len() != 2 {
 		t.Errorf("an unrecorded signal was taken: %d", status)
 	}
 }

@@ -152,7 +152,7 @@ func (t *ticket) Wait(ctx context.Context) ([]string, error) {
 		var retry <-chan time.Time
 		changed := t.s.env.State.Changed()
 		v := t.s.env.State.View()
-		a := v.Approvals[t.id]
+		a := v.Approvals.Get(t.id)
 		now := t.s.env.Now()
 		switch {
 		case a == nil && v.Seq >= t.seq:

@@ -67,7 +67,7 @@ func newRig(t *testing.T) *rig {
 				r.proposed <- p
 				return seq, nil
 			case event.ApprovalEnded:
-				if err := CheckEnded(&p, st.View().Approvals[p.ID], "n1", time.Now()); err != nil {
+				if err := CheckEnded(&p, st.View().Approvals.Get(p.ID), "n1", time.Now()); err != nil {
 					return 0, err
 				}
 				return r.log.append(typ, "approval/"+p.ID, p), nil
@@ -271,7 +271,7 @@ func TestDeniedExpiredCancelled(t *testing.T) {
 	if err := tk.Cancel(t.Context(), "client left"); err != nil {
 		t.Fatal(err)
 	}
-	if got := r.log.st.View().Approvals[a.ID].State(time.Now()); got != "cancelled" {
+	if got := r.log.st.View().Approvals.Get(a.ID).State(time.Now()); got != "cancelled" {
 		t.Fatal(got)
 	}
 }

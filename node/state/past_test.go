@@ -80,19 +80,19 @@ func TestAt(t *testing.T) {
 		case 3:
 			put(event.TypeRevoked, "revocation/"+fmt.Sprint(i), event.Revoked{ID: fmt.Sprint(i), Subject: "ci/" + id, Reason: "r"})
 		case 4, 5:
-			for rid := range p.View().Revocations {
+			for rid := range p.View().Revocations.All() {
 				put(event.TypeRevocationUndone, "revocation/"+rid, event.RevocationUndone{ID: rid, Reason: "r"})
 				break
 			}
 		case 6:
 			put(event.TypeApprovalAsked, "approval/"+fmt.Sprint(i), event.ApprovalAsked{ID: fmt.Sprint(i), Count: 1, Expires: epoch.Add(time.Hour)})
 		case 7, 8:
-			for aid := range p.View().Approvals {
+			for aid := range p.View().Approvals.All() {
 				put(event.TypeApprovalVoted, "approval/"+aid, event.ApprovalVoted{ID: aid, Approver: "sso/" + id, Approve: true})
 				break
 			}
 		case 9:
-			for aid := range p.View().Approvals {
+			for aid := range p.View().Approvals.All() {
 				put(event.TypeApprovalEnded, "approval/"+aid, event.ApprovalEnded{ID: aid, How: "used"})
 				break
 			}
@@ -110,7 +110,7 @@ func TestAt(t *testing.T) {
 			}
 		}
 	}
-	if p.View().Seq < 200 || len(p.View().Revocations) < 5 || len(p.View().Approvals) < 5 {
+	if p.View().Seq < 200 || p.View().Revocations.Len() < 5 || p.View().Approvals.Len() < 5 {
 		t.Fatal("the script does too little")
 	}
 	if v, err := At(t.Context(), src, 0); err != nil || v.Seq != 0 || v.Nodes == nil {
@@ -165,8 +165,8 @@ func TestAtReadsLittle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(v.Approvals) < keepEnded || len(v.Approvals) > 2*keepEnded || v.Approvals[fmt.Sprint(4*keepEnded-1)] == nil {
-		t.Fatalf("%d approvals", len(v.Approvals))
+	if v.Approvals.Len() < keepEnded || v.Approvals.Len() > 2*keepEnded || v.Approvals.Get(fmt.Sprint(4*keepEnded-1)) == nil {
+		t.Fatalf("%d approvals", v.Approvals.Len())
 	}
 	if src.read > 2*keepEnded+10 {
 		t.Fatalf("read %d events of %d", src.read, len(src.events))

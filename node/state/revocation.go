@@ -1,7 +1,10 @@
 package state
 
 import (
+	"cmp"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -65,6 +68,10 @@ func (b Bearer) At(node, target string) Bearer {
 // standing is what the revocations of one scope come to.
 type standing struct {
 	revoked *Revocation // the oldest in force, or nil
+	// later are the ids of those after it, oldest first, some of them undone
+	// meanwhile. It is only appended to and cut at its front, so earlier Views
+	// may share it.
+	later []string
 	// undone is the one that was undone last: credentials issued until then are
 	// dead for this scope, for ever. Nil if none was.
 	undone *Revocation
@@ -72,8 +79,65 @@ type standing struct {
 	until *Revocation
 }
 
+// scopes are the standings by scope, a Map for each kind: most are asked for at
+// each decision, and those of a kind that was never revoked cost nothing.
+type scopes struct {
+	subject, token, session, target, node, group Map[*standing]
+	claim                                        map[string]Map[*standing] // by the claim's name; never changed
+}
+
+// of is the Map of a kind that has no names, nil for any other.
+func (s *scopes) of(k event.ScopeKind) *Map[*standing] {
+	switch k {
+	case event.ScopeSubject:
+		return &s.subject
+	case event.ScopeToken:
+		return &s.token
+	case event.ScopeSession:
+		return &s.session
+	case event.ScopeTarget:
+		return &s.target
+	case event.ScopeNode:
+		return &s.node
+	case event.ScopeGroup:
+		return &s.group
+	}
+	return nil
+}
+
+// get is a copy of the standing of a scope.
+func (s *scopes) get(sc event.Scope) standing {
+	var st *standing
+	if m := s.of(sc.Kind); m != nil {
+		st = m.Get(sc.Value)
+	} else if sc.Kind == event.ScopeClaim {
+		st = s.claim[sc.Name].Get(sc.Value)
+	}
+	if st == nil {
+		return standing{}
+	}
+	return *st
+}
+
+// put sets the standing of a scope. Earlier Views keep theirs.
+func (s *scopes) put(sc event.Scope, st standing) {
+	if m := s.of(sc.Kind); m != nil {
+		*m = m.With(sc.Value, &st)
+	} else if sc.Kind == event.ScopeClaim {
+		claim := maps.Clone(s.claim) // as large as a configuration has claims
+		if claim == nil {
+			claim = map[string]Map[*standing]{}
+		}
+		claim[sc.Name] = claim[sc.Name].With(sc.Value, &st)
+		s.claim = claim
+	}
+}
+
 // refuses is the revocation that refuses a credential issued at issued, or nil.
-func (s standing) refuses(issued time.Time) *Revocation {
+func (s *standing) refuses(issued time.Time) *Revocation {
+	if s == nil {
+		return nil
+	}
 	if s.revoked != nil {
 		return s.revoked
 	}
@@ -91,15 +155,19 @@ func (s standing) refuses(issued time.Time) *Revocation {
 // Refuses returns the revocation that refuses b, or nil. Of several it is one
 // in force, if any is, and else one that was undone after b's credential was
 // issued: undoing revives no credential from before it, with clocks that
-// differ from before a minute (identity.Leeway) after it. It costs a few map
-// lookups, and nothing where nothing was ever revoked.
+// differ from before a minute (identity.Leeway) after it. It costs a few
+// lookups, and nothing where nothing was ever revoked: BenchmarkRefuses.
 func (v *View) Refuses(b *Bearer) *Revocation {
-	if len(v.scopes) == 0 {
+	if v.Revocations.Len() == 0 {
 		return nil
 	}
 	var undone *Revocation
-	look := func(s event.Scope) *Revocation {
-		r := v.scopes[s].refuses(b.IssuedAt)
+	// look says which revocation in force there is, and keeps one that was undone.
+	look := func(m *Map[*standing], value string) *Revocation {
+		if value == "" || m.Len() == 0 {
+			return nil
+		}
+		r := m.Get(value).refuses(b.IssuedAt)
 		if r != nil && !r.Undone.IsZero() {
 			if undone == nil {
 				undone = r
@@ -108,30 +176,28 @@ func (v *View) Refuses(b *Bearer) *Revocation {
 		}
 		return r
 	}
-	for _, s := range [...]event.Scope{
-		{Kind: event.ScopeSubject, Value: b.Subject}, {Kind: event.ScopeToken, Value: b.TokenID}, {Kind: event.ScopeSession, Value: b.Session},
-		{Kind: event.ScopeTarget, Value: b.Target}, {Kind: event.ScopeNode, Value: b.Node},
-	} {
-		if s.Value == "" {
-			continue
-		}
-		if r := look(s); r != nil {
+	s := &v.scopes
+	for _, l := range [...]struct {
+		m     *Map[*standing]
+		value string
+	}{{&s.subject, b.Subject}, {&s.token, b.TokenID}, {&s.session, b.Session}, {&s.target, b.Target}, {&s.node, b.Node}} {
+		if r := look(l.m, l.value); r != nil {
 			return r
 		}
 	}
 	for _, g := range b.Groups {
-		if r := look(event.Scope{Kind: event.ScopeGroup, Value: g}); r != nil {
+		if r := look(&s.group, g); r != nil {
 			return r
 		}
 	}
-	for name := range v.claims {
+	for name, m := range s.claim {
 		value, has := b.Claims[name]
 		if !has {
 			continue
 		}
 		var hit *Revocation
 		eachValue(value, func(s string) bool {
-			hit = look(event.Scope{Kind: event.ScopeClaim, Name: name, Value: s})
+			hit = look(&m, s)
 			return hit == nil
 		})
 		if hit != nil {
@@ -144,7 +210,7 @@ func (v *View) Refuses(b *Bearer) *Revocation {
 // NodeRevoked returns the revocation that takes name's certificate, and all
 // that its key has signed, out of use; nil if there is none. Nothing undoes it.
 func (v *View) NodeRevoked(name string) *Revocation {
-	return v.scopes[event.Scope{Kind: event.ScopeNode, Value: name}].refuses(time.Time{})
+	return v.scopes.node.Get(name).refuses(time.Time{})
 }
 
 // Ends says whether a revocation of s ends what b stands for.
@@ -264,83 +330,132 @@ func (f *fold) tolerance(index uint64) {
 	f.v.tolerances = append(slices.Clone(list), now)
 }
 
+// unfenced are the revocations of which no event says yet that every node has
+// stopped what they end. Both lists are appended to at their ends alone, and
+// replaced when they are made shorter, so that earlier Views may share them.
+type unfenced struct {
+	all    []unfencedOne // by number; some are fenced meanwhile
+	fenced int           // how many of all
+}
+
+type unfencedOne struct {
+	seq uint64
+	id  string
+}
+
+// minFenced is how many fenced ones are left in the list at least before it is
+// made anew.
+const minFenced = 64
+
+// without is u after one of its revocations was fenced. The list is made anew
+// when most of it is fenced: that costs as much as was fenced since.
+func (u unfenced) without(revocations Map[*Revocation]) unfenced {
+	if u.fenced++; u.fenced < minFenced || u.fenced <= len(u.all)/2 {
+		return u
+	}
+	left := make([]unfencedOne, 0, len(u.all)-u.fenced)
+	for _, o := range u.all {
+		if revocations.Get(o.id).Fenced == nil {
+			left = append(left, o)
+		}
+	}
+	return unfenced{all: left}
+}
+
+// Unfenced yields the revocations of which no event says yet that every node
+// has stopped what they end, from number from on, in the order of their events.
+func (v *View) Unfenced(from uint64) iter.Seq[*Revocation] {
+	return func(yield func(*Revocation) bool) {
+		all := v.unfenced.all
+		i, _ := slices.BinarySearchFunc(all, from, func(o unfencedOne, seq uint64) int { return cmp.Compare(o.seq, seq) })
+		for _, o := range all[i:] {
+			if r := v.Revocations.Get(o.id); r.Fenced == nil && !yield(r) {
+				return
+			}
+		}
+	}
+}
+
 func (f *fold) revocation(e event.Event) error {
-	m := own(&f.v.Revocations, &f.revocations)
 	switch e.Type {
 	case event.TypeRevoked:
 		p, err := event.Decode[event.Revoked](e)
 		if err != nil {
 			return err
 		}
-		r := &Revocation{ID: p.ID, Reason: p.Reason, Scope: p.Ends(), Until: p.Until, EventID: e.ID, At: e.Time, Seq: e.Seq, Index: e.Index}
-		m[p.ID] = r
-		own(&f.v.Unfenced, &f.unfenced)[p.ID] = r
-		if r.Scope.Kind == event.ScopeClaim {
-			own(&f.v.claims, &f.claims)[r.Scope.Name] = true
-		}
-		scopes := own(&f.v.scopes, &f.scopes)
-		st := scopes[r.Scope]
-		switch {
-		case r.Until.IsZero() && st.revoked == nil:
-			st.revoked = r
-		case !r.Until.IsZero() && (st.until == nil || r.Until.After(st.until.Until)):
-			st.until = r
-		}
-		scopes[r.Scope] = st
+		f.revoked(&Revocation{ID: p.ID, Reason: p.Reason, Scope: p.Ends(), Until: p.Until, EventID: e.ID, At: e.Time, Seq: e.Seq, Index: e.Index})
 	case event.TypeRevocationUndone:
 		p, err := event.Decode[event.RevocationUndone](e)
 		if err != nil {
 			return err
 		}
-		if r := m[p.ID]; r != nil && r.Undone.IsZero() {
+		if r := f.v.Revocations.Get(p.ID); r != nil && r.Undone.IsZero() {
 			c := *r
 			c.Undone, c.UndoReason = e.Time, p.Reason
-			f.replace(&c)
-			st := standing{undone: &c, until: f.v.scopes[c.Scope].until}
-			for _, o := range m { // another revocation of the same stands
-				if o.Scope == c.Scope && o.Undone.IsZero() && o.Until.IsZero() && (st.revoked == nil || o.Seq < st.revoked.Seq) {
-					st.revoked = o
-				}
-			}
-			own(&f.v.scopes, &f.scopes)[c.Scope] = st
+			f.replace(r, &c)
+			f.undone(&c)
 		}
 	case event.TypeRevocationReport:
 		p, err := event.Decode[event.RevocationReport](e)
 		if err != nil {
 			return err
 		}
-		if r := m[p.ID]; r != nil {
+		if r := f.v.Revocations.Get(p.ID); r != nil {
 			c := *r
 			c.Report = &p
-			f.replace(&c)
+			f.replace(r, &c)
 		}
 	case event.TypeRevocationFenced:
 		p, err := event.Decode[event.RevocationFenced](e)
 		if err != nil {
 			return err
 		}
-		if r := m[p.ID]; r != nil && r.Fenced == nil {
+		if r := f.v.Revocations.Get(p.ID); r != nil && r.Fenced == nil {
 			c := *r
 			c.Fenced, c.FencedAt = &p, e.Time
-			f.replace(&c)
+			f.replace(r, &c)
+			f.v.unfenced = f.v.unfenced.without(f.v.Revocations)
 		}
 	}
 	return nil
 }
 
-// replace puts r where the state of it before was.
-func (f *fold) replace(r *Revocation) {
-	m := own(&f.v.Revocations, &f.revocations)
-	old := m[r.ID]
-	m[r.ID] = r
-	unfenced := own(&f.v.Unfenced, &f.unfenced)
-	if r.Fenced != nil {
-		delete(unfenced, r.ID)
-	} else {
-		unfenced[r.ID] = r
+// revoked adds r, which is in force from now on.
+func (f *fold) revoked(r *Revocation) {
+	f.v.Revocations = f.v.Revocations.With(r.ID, r)
+	f.v.unfenced.all = append(f.v.unfenced.all, unfencedOne{r.Seq, r.ID})
+	st := f.v.scopes.get(r.Scope)
+	switch {
+	case r.Until.IsZero() && st.revoked == nil:
+		st.revoked = r
+	case r.Until.IsZero():
+		st.later = append(st.later, r.ID)
+	case st.until == nil || r.Until.After(st.until.Until):
+		st.until = r
 	}
-	scopes := own(&f.v.scopes, &f.scopes)
-	st := scopes[r.Scope]
+	f.v.scopes.put(r.Scope, st)
+}
+
+// undone lifts r, which is undone. Another revocation of the same stands.
+func (f *fold) undone(r *Revocation) {
+	st := f.v.scopes.get(r.Scope)
+	st.undone = r
+	if st.revoked == r {
+		st.revoked = nil
+		for st.revoked == nil && len(st.later) > 0 {
+			if next := f.v.Revocations.Get(st.later[0]); next.Scope == r.Scope && next.Undone.IsZero() {
+				st.revoked = next
+			}
+			st.later = st.later[1:]
+		}
+	}
+	f.v.scopes.put(r.Scope, st)
+}
+
+// replace puts r where its state before, old, was.
+func (f *fold) replace(old, r *Revocation) {
+	f.v.Revocations = f.v.Revocations.With(r.ID, r)
+	st := f.v.scopes.get(r.Scope)
 	if st.revoked == old {
 		st.revoked = r
 	}
@@ -350,5 +465,5 @@ func (f *fold) replace(r *Revocation) {
 	if st.until == old {
 		st.until = r
 	}
-	scopes[r.Scope] = st
+	f.v.scopes.put(r.Scope, st)
 }

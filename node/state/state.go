@@ -4,10 +4,12 @@
 package state
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,7 +23,9 @@ import (
 const keepEnded = 1000
 
 // View is what the cluster has agreed on up to one event. It is immutable;
-// its maps must not be written to.
+// its maps must not be written to. What grows with the number of events is in
+// a Map or a list that later Views share: folding one event costs about the
+// same after ten thousand of them.
 type View struct {
 	Seq, Index uint64 // of the last event folded
 
@@ -39,9 +43,9 @@ type View struct {
 	Nodes       map[string]event.NodeInfo
 	Superseded  map[string][]byte // by node: the certificate before Nodes' one, while both count; DER
 	Removed     map[string]bool   // names of nodes that were members once
-	JoinTokens  map[string]JoinToken
-	Approvals   map[string]*Approval
-	Revocations map[string]*Revocation
+	JoinTokens  Map[JoinToken]
+	Approvals   Map[*Approval]
+	Revocations Map[*Revocation]
 
 	// Config is nil until the first apply, and when ConfigErr says why the
 	// applied one cannot be read: then nobody may connect.
@@ -57,12 +61,12 @@ type View struct {
 	Keys          map[string]event.SealedKey
 	ConfigVersion uint64 // of the aggregate "config": what an append that changes Secrets or Keys expects
 
-	// Unfenced are the revocations of which no event says yet that every node
-	// has stopped what they end, by id.
-	Unfenced map[string]*Revocation
+	// pruneTokens and pruneApprovals are how many there must be before those
+	// that are over are looked through again.
+	pruneTokens, pruneApprovals int
 
-	scopes     map[event.Scope]standing
-	claims     map[string]bool // names of claims that some scope is about
+	unfenced   unfenced
+	scopes     scopes
 	tolerances []toleranceFrom
 }
 
@@ -142,9 +146,9 @@ func New(log *slog.Logger) *Projection {
 func empty() *View {
 	return &View{
 		FeatureLevel: event.BaseLevel,
-		Nodes:        map[string]event.NodeInfo{}, Removed: map[string]bool{}, JoinTokens: map[string]JoinToken{},
-		Approvals: map[string]*Approval{}, Revocations: map[string]*Revocation{},
-		Secrets: map[string]event.Sealed{}, Unfenced: map[string]*Revocation{}, scopes: map[event.Scope]standing{}, claims: map[string]bool{},
+		Nodes:        map[string]event.NodeInfo{}, Removed: map[string]bool{},
+		Secrets:     map[string]event.Sealed{},
+		pruneTokens: 2 * keepEnded, pruneApprovals: 2 * keepEnded,
 	}
 }
 
@@ -203,10 +207,11 @@ func (p *Projection) Fold(events []event.Event) error {
 	return nil
 }
 
-// fold copies each map of the view once, when it is first written to.
+// fold makes the next view. It copies each plain map once, when it is first
+// written to.
 type fold struct {
-	v                                                                        *View
-	nodes, removed, tokens, approvals, revocations, unfenced, scopes, claims bool
+	v              *View
+	nodes, removed bool
 }
 
 func own[K comparable, V any](m *map[K]V, owned *bool) map[K]V {
@@ -258,22 +263,18 @@ func (f *fold) apply(e event.Event) error {
 		if err != nil {
 			return err
 		}
-		m := own(&f.v.JoinTokens, &f.tokens)
-		m[p.ID] = JoinToken{JoinTokenMade: p}
-		for id, t := range m {
-			if len(m) > keepEnded && (t.UsedBy != "" || e.Time.After(t.Expires)) {
-				delete(m, id)
-			}
-		}
+		m := f.v.JoinTokens.With(p.ID, JoinToken{JoinTokenMade: p})
+		f.v.JoinTokens, f.v.pruneTokens = prune(m, f.v.pruneTokens, func(t JoinToken) (time.Time, bool) {
+			return t.Expires, t.UsedBy != "" || e.Time.After(t.Expires)
+		})
 	case event.TypeJoinTokenUsed:
 		p, err := event.Decode[event.JoinTokenUsed](e)
 		if err != nil {
 			return err
 		}
-		m := own(&f.v.JoinTokens, &f.tokens)
-		t := m[p.ID]
+		t := f.v.JoinTokens.Get(p.ID)
 		t.UsedBy = p.Node
-		m[p.ID] = t
+		f.v.JoinTokens = f.v.JoinTokens.With(p.ID, t)
 	case event.TypeConfigApplied:
 		p, err := event.Decode[event.ConfigApplied](e)
 		if err != nil {
@@ -355,7 +356,7 @@ func (f *fold) restored(p event.ClusterRestored) {
 	}
 	f.v.Nodes, f.nodes = map[string]event.NodeInfo{p.Node.Name: p.Node}, true
 	f.v.Superseded = nil
-	f.v.JoinTokens, f.tokens = map[string]JoinToken{}, true
+	f.v.JoinTokens = Map[JoinToken]{}
 	f.v.Keys = nil
 	f.sealed(p.Secrets)
 }
@@ -387,53 +388,62 @@ func (f *fold) supersede(node string, cert []byte) {
 }
 
 func (f *fold) approval(e event.Event) error {
-	m := own(&f.v.Approvals, &f.approvals)
 	switch e.Type {
 	case event.TypeApprovalAsked:
 		p, err := event.Decode[event.ApprovalAsked](e)
 		if err != nil {
 			return err
 		}
-		m[p.ID] = &Approval{ApprovalAsked: p, Asked: e.Time, Version: e.AggregateVersion}
-		prune(m, e.Time)
+		m := f.v.Approvals.With(p.ID, &Approval{ApprovalAsked: p, Asked: e.Time, Version: e.AggregateVersion})
+		f.v.Approvals, f.v.pruneApprovals = prune(m, f.v.pruneApprovals, func(a *Approval) (time.Time, bool) {
+			s := a.State(e.Time)
+			return a.Asked, s != "pending" && s != "approved"
+		})
 	case event.TypeApprovalVoted:
 		p, err := event.Decode[event.ApprovalVoted](e)
 		if err != nil {
 			return err
 		}
-		if a := m[p.ID]; a != nil {
+		if a := f.v.Approvals.Get(p.ID); a != nil {
 			c := *a
 			c.Votes = append(slices.Clip(c.Votes), Vote{p, e.Time, e.Seq})
 			c.Version = e.AggregateVersion
-			m[p.ID] = &c
+			f.v.Approvals = f.v.Approvals.With(p.ID, &c)
 		}
 	case event.TypeApprovalEnded:
 		p, err := event.Decode[event.ApprovalEnded](e)
 		if err != nil {
 			return err
 		}
-		if a := m[p.ID]; a != nil {
+		if a := f.v.Approvals.Get(p.ID); a != nil {
 			c := *a
 			c.Ended, c.EndedAt, c.Version = &p, e.Time, e.AggregateVersion
-			m[p.ID] = &c
+			f.v.Approvals = f.v.Approvals.With(p.ID, &c)
 		}
 	}
 	return nil
 }
 
-// prune drops the oldest of the approvals that are over.
-func prune(m map[string]*Approval, now time.Time) {
-	if len(m) <= 2*keepEnded {
-		return
+// prune drops the oldest of what is over, all but keepEnded, once there are
+// more than at, and says how many there must be the next time: so many more
+// that looking through all costs little for each.
+func prune[T any](m Map[T], at int, over func(T) (when time.Time, is bool)) (Map[T], int) {
+	if m.Len() <= at {
+		return m, at
 	}
-	var over []*Approval
-	for _, a := range m {
-		if s := a.State(now); s != "pending" && s != "approved" {
-			over = append(over, a)
+	type ended struct {
+		id   string
+		when time.Time
+	}
+	var all []ended
+	for id, v := range m.All() {
+		if when, is := over(v); is {
+			all = append(all, ended{id, when})
 		}
 	}
-	slices.SortFunc(over, func(a, b *Approval) int { return a.Asked.Compare(b.Asked) })
-	for _, a := range over[:max(0, len(over)-keepEnded)] {
-		delete(m, a.ID)
+	slices.SortFunc(all, func(a, b ended) int { return cmp.Or(a.when.Compare(b.when), strings.Compare(a.id, b.id)) })
+	for _, e := range all[:max(0, len(all)-keepEnded)] {
+		m = m.Without(e.id)
 	}
+	return m, max(2*keepEnded, m.Len()+keepEnded)
 }

@@ -18,7 +18,7 @@ var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // script makes consecutive events, one second apart.
 type script struct {
-	t   *testing.T
+	t   testing.TB
 	seq uint64
 	ver map[string]uint64
 }
@@ -55,12 +55,12 @@ func TestApprovalStates(t *testing.T) {
 	now := epoch.Add(time.Minute)
 	state := func(want string) {
 		t.Helper()
-		if got := p.View().Approvals["r"].State(now); got != want {
+		if got := p.View().Approvals.Get("r").State(now); got != want {
 			t.Fatalf("state %s, want %s", got, want)
 		}
 	}
 	state("pending")
-	before := v.Approvals["r"]
+	before := v.Approvals.Get("r")
 	vote := func(who string, approve bool) {
 		mustFold(t, p, s.event(event.TypeApprovalVoted, "approval/r", event.ApprovalVoted{ID: "r", Approver: who, Approve: approve}))
 	}
@@ -72,7 +72,7 @@ func TestApprovalStates(t *testing.T) {
 	}
 	vote("sso/b", true)
 	state("approved")
-	if got := p.View().Approvals["r"].State(epoch.Add(2 * time.Hour)); got != "expired" {
+	if got := p.View().Approvals.Get("r").State(epoch.Add(2 * time.Hour)); got != "expired" {
 		t.Fatalf("after its expiry: %s", got)
 	}
 	vote("sso/c", false)
