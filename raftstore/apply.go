@@ -19,6 +19,7 @@ import (
 type applier struct {
 	*fsm.FSM
 	configured func(index uint64, c raft.Configuration) // a committed configuration was seen
+	committed  func(index uint64)                       // Raft has committed entries up to index; must not wait
 	recent     recent
 
 	// fromRaft is the newest entry that Raft, not a stream, has brought: what
@@ -30,8 +31,8 @@ type applier struct {
 
 var _ raft.BatchingFSM = (*applier)(nil)
 
-func newApplier(f *fsm.FSM, configured func(uint64, raft.Configuration)) *applier {
-	a := &applier{FSM: f, configured: configured}
+func newApplier(f *fsm.FSM, configured func(uint64, raft.Configuration), committed func(uint64)) *applier {
+	a := &applier{FSM: f, configured: configured, committed: committed}
 	a.recent.changed = make(chan struct{})
 	a.recent.reset(f.Head().Applied)
 	return a
@@ -49,6 +50,9 @@ func (a *applier) Apply(l *raft.Log) any { return a.ApplyBatch([]*raft.Log{l})[0
 
 // ApplyBatch applies entries that Raft has committed.
 func (a *applier) ApplyBatch(logs []*raft.Log) []any {
+	if n := len(logs); n > 0 {
+		a.committed(logs[n-1].Index) // before the work: followers do theirs meanwhile
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	results := a.applyBatch(logs)

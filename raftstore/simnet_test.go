@@ -95,12 +95,14 @@ type simTransport struct {
 	done    chan struct{}
 	once    sync.Once
 
+	push      *transport.Push
 	raft      atomic.Pointer[raft.Raft]
 	heartbeat atomic.Pointer[func(raft.RPC)]
 }
 
 func (n *simNet) transport(id string, cfg transport.RaftConfig) *simTransport {
 	t := &simTransport{cfg: cfg, net: n, id: id, consume: make(chan raft.RPC), done: make(chan struct{})}
+	t.push = transport.NewPush(t.leads, t.appendEntries)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.ends[id] = t
@@ -193,10 +195,22 @@ func (t *simTransport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) 
 
 func (t *simTransport) Close() error {
 	t.once.Do(func() { close(t.done) })
+	t.push.Close()
 	return nil
 }
 
-func (t *simTransport) AppendEntries(id raft.ServerID, _ raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
+func (t *simTransport) AppendEntries(id raft.ServerID, a raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
+	return t.push.Call(id, a, q, p)
+}
+
+func (t *simTransport) Committed(index uint64) { t.push.Committed(index) }
+
+func (t *simTransport) leads(term uint64) bool {
+	r := t.raft.Load()
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+func (t *simTransport) appendEntries(id raft.ServerID, _ raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
 	if t.cfg.LogBusy() > transport.DiskStall {
 		return transport.ErrDiskStalled
 	}

@@ -142,6 +142,7 @@ type raftTransport interface {
 	raft.WithPreVote
 	raft.WithClose
 	SetRaft(*raft.Raft)
+	Committed(index uint64)
 }
 
 // Store is one node's event store. Safe for concurrent use.
@@ -218,7 +219,7 @@ func Open(cfg Config) (_ *Store, err error) {
 			err = errors.Join(err, s.state.Close())
 		}
 	}()
-	s.apply = newApplier(s.state, s.configured)
+	s.apply = newApplier(s.state, s.configured, s.tell)
 	s.logs, err = logstore.Open(logstore.Config{
 		Dir: fs.PathJoin(cfg.Dir, logDir), FS: fs, WALDir: cfg.WALDir, WALFailoverDir: cfg.WALFailoverDir, Shared: shared,
 		Log: s.log, OnFatal: s.fail, Committed: s.committed,
@@ -276,13 +277,20 @@ func (s *Store) committed() uint64 {
 	return index
 }
 
+// tell has the followers told that entries up to index are committed.
+func (s *Store) tell(index uint64) {
+	if p := s.part.Load(); p != nil {
+		p.trans.Committed(index)
+	}
+}
+
 func (s *Store) raftConfig(hlog hclog.Logger, notify chan bool) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(s.cfg.NodeID)
 	c.HeartbeatTimeout = s.cfg.HeartbeatTimeout
 	c.ElectionTimeout = s.cfg.HeartbeatTimeout
 	c.LeaderLeaseTimeout = s.cfg.HeartbeatTimeout
-	c.CommitTimeout = 5 * time.Millisecond // how long followers wait to hear of a commit
+	c.CommitTimeout = 5 * time.Millisecond // how long followers wait to hear of a commit that transport.Push did not bring
 	c.MaxAppendEntries = maxAppendEntries
 	c.BatchApplyCh = true
 	c.ShutdownOnRemove = false

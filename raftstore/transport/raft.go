@@ -20,8 +20,8 @@ const (
 	// earlier, by idleTimeout.
 	rpcTimeout = 10 * time.Second
 	// maxPool is how many idle streams are kept to each peer: replication,
-	// heartbeat and one for votes.
-	maxPool = 3
+	// heartbeat, commits told at once, and one for votes.
+	maxPool = 4
 	// maxRaftPeers bounds how many different nodes may call us in one life of
 	// the process; a cluster has at most nine voters at a time.
 	maxRaftPeers = 256
@@ -58,12 +58,14 @@ type RaftConfig struct {
 //     can apply entries nobody committed (hashicorp/raft #695).
 //   - No pipeline: an error in it can wedge a follower for good (#612).
 //   - The watchdog of ErrDiskStalled.
+//   - Followers hear of a commit at once: see Push.
 //   - Snapshots go over a connection of their own (ClassBulk): votes and
 //     heartbeats do not queue behind them.
 type Raft struct {
 	cfg     RaftConfig
 	out     lane // ClassRaft
 	bulk    lane // ClassBulk
+	push    *Push
 	lns     []*Listener
 	consume chan raft.RPC
 	done    chan struct{}
@@ -90,6 +92,7 @@ func NewRaft(cfg RaftConfig) *Raft {
 	t := &Raft{cfg: cfg, consume: make(chan raft.RPC), done: make(chan struct{})}
 	t.mu.in = make(map[string]*inbound)
 	t.out, t.bulk = t.lane(ClassRaft), t.lane(ClassBulk)
+	t.push = NewPush(t.leads, t.appendEntries)
 	for _, class := range []string{ClassRaft, ClassBulk} {
 		ln := cfg.Endpoint.Listener(class)
 		t.lns = append(t.lns, ln)
@@ -144,6 +147,7 @@ func (t *Raft) Close() error {
 		err = errors.Join(err, ln.Close())
 	}
 	err = errors.Join(err, t.out.close(), t.bulk.close())
+	t.push.Close()
 	for _, in := range ins {
 		err = errors.Join(err, in.nt.Close())
 	}
@@ -290,6 +294,18 @@ func (t *Raft) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress) (raft.Ap
 
 // AppendEntries sends entries or a heartbeat, unless our disk hangs.
 func (t *Raft) AppendEntries(id raft.ServerID, a raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
+	return t.push.Call(id, a, q, p)
+}
+
+// Committed has the followers told that entries up to index are committed.
+func (t *Raft) Committed(index uint64) { t.push.Committed(index) }
+
+func (t *Raft) leads(term uint64) bool {
+	r := t.raft.Load()
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+func (t *Raft) appendEntries(id raft.ServerID, a raft.ServerAddress, q *raft.AppendEntriesRequest, p *raft.AppendEntriesResponse) error {
 	if t.cfg.LogBusy() > DiskStall {
 		return ErrDiskStalled
 	}

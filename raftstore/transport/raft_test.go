@@ -19,11 +19,13 @@ import (
 
 // testFSM remembers what was applied.
 type testFSM struct {
-	mu sync.Mutex
-	v  []string
+	mu        sync.Mutex
+	v         []string
+	committed func(index uint64) // hears what is about to be applied
 }
 
 func (f *testFSM) Apply(l *raft.Log) any {
+	f.committed(l.Index)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.v = append(f.v, fmt.Sprintf("%d:%s", l.Index, l.Data))
@@ -125,6 +127,12 @@ type raftNode struct {
 // raftNodes are three servers; the first one's timeouts are times slow.
 func raftNodes(t *testing.T, heartbeat time.Duration, slow int) []*raftNode {
 	t.Helper()
+	return raftNodesWith(t, heartbeat, slow, func(*raft.Config) {})
+}
+
+// raftNodesWith is raftNodes with a change to their settings.
+func raftNodesWith(t *testing.T, heartbeat time.Duration, slow int, tune func(*raft.Config)) []*raftNode {
+	t.Helper()
 	ca := storetest.NewCA(t)
 	var nodes []*raftNode
 	var conf raft.Configuration
@@ -136,6 +144,7 @@ func raftNodes(t *testing.T, heartbeat time.Duration, slow int) []*raftNode {
 			Endpoint: e, Addr: string(n.addr), Log: hclog.NewNullLogger(), LogBusy: n.store.busy,
 			Admit: func(string) error { return nil },
 		})
+		n.fsm.committed = tr.Committed
 		n.gate = &gate{Raft: tr, state: make(map[raft.ServerID]int)}
 		nodes = append(nodes, n)
 		conf.Servers = append(conf.Servers, raft.Server{ID: n.id, Address: n.addr})
@@ -153,6 +162,7 @@ func raftNodes(t *testing.T, heartbeat time.Duration, slow int) []*raftNode {
 		if err := raft.BootstrapCluster(c, n.store, n.store, snaps, n.gate, conf); err != nil {
 			t.Fatal(err)
 		}
+		tune(c)
 		r, err := raft.NewRaft(c, n.fsm, n.store, n.store, snaps, n.gate)
 		if err != nil {
 			t.Fatal(err)
