@@ -313,6 +313,11 @@ func (d *simDisk) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error)
 	return d.wrap(name, f, err)
 }
 
+func (d *simDisk) OpenReadWrite(name string, c vfs.DiskWriteCategory, o ...vfs.OpenOption) (vfs.File, error) {
+	f, err := d.FS.OpenReadWrite(name, c, o...)
+	return d.wrap(name, f, err)
+}
+
 func (d *simDisk) ReuseForWrite(old, name string, c vfs.DiskWriteCategory) (vfs.File, error) {
 	f, err := d.FS.ReuseForWrite(old, name, c)
 	return d.wrap(name, f, err)

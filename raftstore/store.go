@@ -72,8 +72,9 @@ const (
 	// transferPause is longer than a call to a dead peer and raft's longest
 	// pause between two calls to it take together.
 	transferPause = 30 * time.Second
-	// cacheBytes and maxOpenTables are for both databases together.
-	cacheBytes    = 64 << 20
+	// cacheBytes and maxOpenTables are for both databases together. Memtables
+	// are taken from it as they grow, the log's up to 64 MiB each, the state's 32.
+	cacheBytes    = 192 << 20
 	maxOpenTables = 512
 	// In Config.Dir.
 	logDir, stateDir, snapshotsDir = "log", "state", "snapshots"

@@ -25,10 +25,11 @@ import (
 // errNotFound is what raft wants for a key never set; it compares the text.
 var errNotFound = errors.New("not found")
 
-// memTableSize is large enough that most entries are truncated before any
-// flush, and small enough that a WAL is soon followed by a recycled one: see
-// spareFS.
-const memTableSize = 16 << 20
+// memTableSize is large enough that most entries are truncated before any flush:
+// the smaller it is, the larger is the part of it that raft still keeps when it
+// is flushed, which is then written twice. It is reached by doubling from
+// 256 KiB: a log that never held as much takes no such memory.
+const memTableSize = 64 << 20
 
 // walFailoverAfter is how long a write may hang before the other disk is used:
 // well below the second after which a leader with a hung disk stops acting as
