@@ -8,9 +8,7 @@
 package raftstore_test
 
 import (
-	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,7 +16,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -33,123 +30,176 @@ import (
 
 const benchHeartbeat = 500 * time.Millisecond
 
-// result is one line of the table.
-type result struct {
-	Target string  `json:"target"` // T1 …
-	What   string  `json:"what"`
-	Ratio  float64 `json:"ratio"`
-	Most   float64 `json:"most"` // the ratio aimed at
-}
-
 var (
-	benchRounds    = flag.Int("rounds", 40, "rounds of 20 probes and 20 appends")
+	benchRounds    = flag.Int("rounds", 40, "rounds of 20 probes and 20 appends, or of 20 probes and a revocation")
 	benchFailovers = flag.Int("failovers", 10, "leaders to take away")
-	benchJSON      = flag.String("results", "", "file to write the results to, as JSON")
+	benchStops     = flag.Int("stops", 4, "nodes to stop before a revocation")
+	benchWindow    = flag.Duration("window", 8*time.Second, "for how long CPU is counted")
+	benchOnly      = flag.String("only", "", "log, store, fence or leases: only that part")
+	benchResults   = flag.String("results", "", "file that keeps the results, as JSON")
 )
 
-func TestBenchRaft(t *testing.T) {
-	results, err := benchRaft(t, *benchRounds, *benchFailovers)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, r := range results {
-		verdict := "met"
-		if r.Ratio > r.Most {
-			verdict = "missed"
-		}
-		fmt.Printf("%-4s %-62s %7.2f   target at most %-5.4g %s\n", r.Target, r.What, r.Ratio, r.Most, verdict)
-	}
-	fmt.Println("T3, T4, T5, T10 and T11 are the fence's and not measured here.")
-	if *benchJSON != "" {
-		b, err := json.MarshalIndent(results, "", "  ")
-		if err == nil {
-			err = os.WriteFile(*benchJSON, append(b, '\n'), 0o644)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+// bench is what all parts of the run share: the probes of this machine.
+type bench struct {
+	disk *diskProbe
+	echo *echo
+	dir  string
 }
 
-func benchRaft(t *testing.T, rounds, failovers int) ([]result, error) {
+func TestBenchRaft(t *testing.T) {
+	if os.Getenv(leaseClients) != "" {
+		runLeaseClients(t)
+		return
+	}
 	dir := t.TempDir()
 	disk, err := newDiskProbe(filepath.Join(dir, "probe"))
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
 	}
 	defer disk.Close()
 	echo, err := newEcho()
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
 	}
 	defer echo.Close()
+	b := &bench{disk, echo, dir}
+	var all []storetest.Ratio
+	for _, part := range []struct {
+		name string
+		run  func(*testing.T, *bench) ([]storetest.Ratio, error)
+	}{{"log", benchLog}, {"store", benchStore}, {"fence", benchFence}, {"leases", benchLeases}} {
+		if *benchOnly != "" && *benchOnly != part.name {
+			continue
+		}
+		began := time.Now()
+		rs, err := part.run(t, b)
+		if err != nil {
+			t.Fatalf("%s: %v", part.name, err)
+		}
+		fmt.Printf("%s: measured in %v\n", part.name, time.Since(began).Round(time.Second))
+		all = append(all, rs...)
+	}
+	if *benchResults != "" {
+		if all, err = storetest.Keep(*benchResults, all); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range all {
+		fmt.Println(r)
+	}
+}
 
-	var f, r, apply, lag, single samples
-	c := storetest.New(t, 3, func(cfg *raftstore.Config) { cfg.HeartbeatTimeout = benchHeartbeat })
-	log, err := logstore.Open(logstore.Config{Dir: filepath.Join(dir, "log"), Log: storetest.Logger(t)})
+// probes are the samples of both probes, taken between what is measured.
+type probes struct{ sync, echo storetest.Durations }
+
+func (b *bench) probe(p *probes, n int) error {
+	for range n {
+		if err := errors.Join(p.sync.Time(b.disk.sync), p.echo.Time(b.echo.call)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// floor is n syncs and m echoes, at a percentile.
+func (p *probes) floor(percent, syncs, echoes int) time.Duration {
+	return time.Duration(syncs)*p.sync.At(percent) + time.Duration(echoes)*p.echo.At(percent)
+}
+
+func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
+
+// us words durations for people.
+func us(what string, d time.Duration) string {
+	return fmt.Sprintf("%s %v", what, d.Round(time.Microsecond))
+}
+
+// benchLog measures the log's database alone: T8, T9.
+func benchLog(t *testing.T, b *bench) ([]storetest.Ratio, error) {
+	log, err := logstore.Open(logstore.Config{Dir: filepath.Join(b.dir, "log"), Log: storetest.Logger(t)})
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
 	index := uint64(0)
+	data := random(1 << 20)
 	store := func(n int) error {
 		ls := make([]*raft.Log, n)
 		for i := range ls {
 			index++
-			ls[i] = &raft.Log{Index: index, Term: 1, Data: random(1500)}
+			at := index * 4096 % (1<<20 - 1500)
+			ls[i] = &raft.Log{Index: index, Term: 1, Data: data[at : at+1500]}
 		}
 		return log.StoreLogs(ls)
 	}
-	// Steady state: until WALs are written over older ones, about 100 MiB in.
-	for log.Metrics().Flush.Count < 10 {
-		if err := store(64); err != nil {
-			return nil, err
-		}
-	}
-	leader, followers := c.Leader(), c.Followers()
-	for range rounds {
-		for range 20 {
-			if err := errors.Join(f.time(disk.sync), r.time(echo.call), single.time(func() error { return store(1) })); err != nil {
-				return nil, err
+	// batches are stored, and cut to a tail as raft cuts them, until there were
+	// so many flushes.
+	batches := func(flushes int64) error {
+		for log.Metrics().Flush.Count < flushes {
+			if err := store(64); err != nil {
+				return err
 			}
-		}
-		for range 20 {
-			began := time.Now()
-			es, err := leader.Store.Append(context.Background(), storetest.Proposal("approval/bench", event.Any, string(random(400))))
-			if err != nil {
-				return nil, err
-			}
-			acked := time.Now()
-			apply = append(apply, acked.Sub(began))
-			for _, n := range followers {
-				if err := n.Store.WaitIndex(context.Background(), es[0].Index); err != nil {
-					return nil, err
+			if index%16384 < 64 {
+				if err := log.DeleteRange(1, index-2048); err != nil {
+					return err
 				}
 			}
-			lag = append(lag, time.Since(acked))
 		}
+		return nil
 	}
-	// Write amplification: entries in batches, cut to a tail as raft cuts them.
-	before, from := log.Metrics(), index
-	for range 1500 {
-		if err := store(64); err != nil {
+	// Steady state: memtables have grown to their full size, 64 MiB in.
+	if err := batches(8); err != nil {
+		return nil, err
+	}
+	var p probes
+	var single storetest.Durations
+	for range 20 * *benchRounds {
+		if err := errors.Join(b.probe(&p, 1), single.Time(func() error { return store(1) })); err != nil {
 			return nil, err
 		}
-		if index%16384 < 64 {
-			if err := log.DeleteRange(1, index-2048); err != nil {
-				return nil, err
-			}
-		}
+	}
+	before, from := log.Metrics(), index
+	if err := batches(before.Flush.Count + 8); err != nil {
+		return nil, err
 	}
 	after := log.Metrics()
 	written := after.WAL.BytesWritten - before.WAL.BytesWritten
 	for i := range after.Levels {
 		written += after.Levels[i].TableBytesFlushed + after.Levels[i].TableBytesCompacted - before.Levels[i].TableBytesFlushed - before.Levels[i].TableBytesCompacted
 	}
-	amplification := float64(written) / float64((index-from)*1500)
+	return []storetest.Ratio{
+		{Target: "T8", What: "one log entry of 1.5 KiB, steady, p50 / sync p50", Ratio: ratio(single.At(50), p.sync.At(50)), Bound: 1.35, Beside: us("entry", single.At(50)) + us(", sync", p.sync.At(50))},
+		{Target: "T9", What: "bytes written / bytes of entries, batches of 64", Ratio: float64(written) / float64((index-from)*1500), Bound: 1.35},
+	}, nil
+}
 
+// benchStore measures three stores: T1, T2, T6, T7.
+func benchStore(t *testing.T, b *bench) ([]storetest.Ratio, error) {
+	var p probes
+	var apply, lag storetest.Durations
+	c := storetest.New(t, 3, func(cfg *raftstore.Config) { cfg.HeartbeatTimeout = benchHeartbeat })
+	leader, followers := c.Leader(), c.Followers()
+	for range *benchRounds {
+		if err := b.probe(&p, 20); err != nil {
+			return nil, err
+		}
+		for range 20 {
+			began := time.Now()
+			es, err := leader.Store.Append(t.Context(), storetest.Proposal("approval/bench", event.Any, string(random(400))))
+			if err != nil {
+				return nil, err
+			}
+			acked := time.Now()
+			apply = append(apply, acked.Sub(began))
+			for _, n := range followers {
+				if err := n.Store.WaitIndex(t.Context(), es[0].Index); err != nil {
+					return nil, err
+				}
+			}
+			lag = append(lag, time.Since(acked))
+		}
+	}
 	worst := time.Duration(0)
-	for range failovers {
+	for range *benchFailovers {
 		l := c.Leader()
 		began := time.Now()
 		c.Crash(l)
@@ -158,14 +208,14 @@ func benchRaft(t *testing.T, rounds, failovers int) ([]result, error) {
 		c.Start(l)
 		c.Converge()
 	}
-	ratio := func(a, b time.Duration) float64 { return float64(a) / float64(b) }
-	return []result{
-		{"T1", "append p50 / (2 syncs + 1 echo, p50)", ratio(apply.at(50), 2*f.at(50)+r.at(50)), 1.3},
-		{"T2", "append p99 / (2 syncs + 1 echo, p99)", ratio(apply.at(99), 2*f.at(99)+r.at(99)), 1.5},
-		{"T6", "until both followers applied, after the append, p99 / echo p50", ratio(lag.at(99), r.at(50)), 20},
-		{"T7", fmt.Sprintf("worst of %d failovers / heartbeat timeout", failovers), ratio(worst, benchHeartbeat), 3},
-		{"T8", "one log entry of 1.5 KiB, steady, p50 / sync p50", ratio(single.at(50), f.at(50)), 1.35},
-		{"T9", "bytes written / bytes of entries, batches of 64", amplification, 1.35},
+	return []storetest.Ratio{
+		{Target: "T1", What: "append p50 / (2 syncs + 1 echo, p50)", Ratio: ratio(apply.At(50), p.floor(50, 2, 1)), Bound: 1.3,
+			Beside: us("append", apply.At(50)) + us(", sync", p.sync.At(50)) + us(", echo", p.echo.At(50))},
+		{Target: "T2", What: "append p99 / (2 syncs + 1 echo, p99)", Ratio: ratio(apply.At(99), p.floor(99, 2, 1)), Bound: 1.5,
+			Beside: us("append", apply.At(99)) + us(", sync", p.sync.At(99)) + us(", echo", p.echo.At(99))},
+		{Target: "T6", What: "until both followers applied, after the append, p99 / echo p50", Ratio: ratio(lag.At(99), p.echo.At(50)), Bound: 20,
+			Beside: us("lag p50", lag.At(50)) + us(", p99", lag.At(99))},
+		{Target: "T7", What: fmt.Sprintf("worst of %d failovers / heartbeat timeout", *benchFailovers), Ratio: ratio(worst, benchHeartbeat), Bound: 3},
 	}, nil
 }
 
@@ -173,21 +223,6 @@ func random(n int) []byte {
 	b := make([]byte, n)
 	rand.Read(b)
 	return b
-}
-
-type samples []time.Duration
-
-func (s *samples) time(f func() error) error {
-	began := time.Now()
-	err := f()
-	*s = append(*s, time.Since(began))
-	return err
-}
-
-// at is a percentile.
-func (s samples) at(percent int) time.Duration {
-	o := slices.Sorted(slices.Values(s))
-	return o[min(len(o)-1, len(o)*percent/100)]
 }
 
 // diskProbe overwrites 4 KiB of a file that has its size already, and syncs.
