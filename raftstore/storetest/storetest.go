@@ -140,7 +140,7 @@ func (n *Network) ReadFrom(b []byte) (int, net.Addr, error) {
 
 // Endpoint starts an endpoint for the node named in cert, on n. It accepts
 // every certificate of ca and takes the common name as the peer's.
-func Endpoint(t testing.TB, ca *CA, cert *tls.Certificate, n *Network, resetKey *[32]byte) *transport.Endpoint {
+func Endpoint(t testing.TB, ca *CA, cert *tls.Certificate, n net.PacketConn, resetKey *[32]byte) *transport.Endpoint {
 	t.Helper()
 	e, err := transport.Listen(transport.EndpointConfig{
 		UDPConn:     n,
@@ -186,13 +186,26 @@ type Cluster struct {
 
 	t    testing.TB
 	conf func(*raftstore.Config)
+	bare bool
 }
 
 // New starts n nodes named n1, n2 … as one cluster and waits for a leader. conf
 // may change each node's configuration before it is opened; it may be nil.
 func New(t testing.TB, n int, conf func(*raftstore.Config)) *Cluster {
 	t.Helper()
-	c := &Cluster{CA: NewCA(t), t: t, conf: conf}
+	return start(&Cluster{CA: NewCA(t), t: t, conf: conf}, n)
+}
+
+// NewBare is New with sockets as nodes of the product have them, which cost
+// less: none of these nodes can be cut off.
+func NewBare(t testing.TB, n int, conf func(*raftstore.Config)) *Cluster {
+	t.Helper()
+	return start(&Cluster{CA: NewCA(t), t: t, conf: conf, bare: true}, n)
+}
+
+func start(c *Cluster, n int) *Cluster {
+	t := c.t
+	t.Helper()
 	t.TempDir() // the first call says when all are removed: after close
 	t.Cleanup(c.close)
 	for range n {
@@ -242,7 +255,11 @@ func (c *Cluster) Start(n *Node) {
 	n.crashing.Wait()
 	n.Network = ListenUDP(c.t, n.Addr)
 	n.Addr = n.Network.LocalAddr().String()
-	n.Endpoint = Endpoint(c.t, c.CA, n.Cert, n.Network, &n.resetKey)
+	socket := net.PacketConn(n.Network)
+	if c.bare {
+		socket = n.Network.PacketConn
+	}
+	n.Endpoint = Endpoint(c.t, c.CA, n.Cert, socket, &n.resetKey)
 	cfg := raftstore.Config{Dir: n.Dir, NodeID: n.Name, Addr: n.Addr, Endpoint: n.Endpoint, Log: Logger(c.t).With("node", n.Name)}
 	if c.conf != nil {
 		c.conf(&cfg)
