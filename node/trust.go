@@ -11,15 +11,17 @@ import (
 
 // classRoles says which role may speak which class of connection, at either
 // end. Raft is among voters: a gateway can neither vote nor append nor send a
-// snapshot, whatever it says its name is.
+// snapshot, whatever it says its name is. The role connector has a name and no
+// class yet: what it will speak, it will speak by classes of its own, and the
+// event log is not for it.
 var classRoles = map[string][]string{
 	transport.ClassRaft:    {pki.Voter},
 	transport.ClassBulk:    {pki.Voter},
 	transport.ClassConfirm: {pki.Voter},
-	transport.ClassFence:   {pki.Voter, pki.Gateway, pki.Connector},
-	transport.ClassEvents:  {pki.Voter, pki.Gateway, pki.Connector},
-	transport.ClassMesh:    {pki.Voter, pki.Gateway, pki.Connector},
-	transport.ClassGossip:  {pki.Voter, pki.Gateway, pki.Connector},
+	transport.ClassFence:   {pki.Voter, pki.Gateway},
+	transport.ClassEvents:  {pki.Voter, pki.Gateway},
+	transport.ClassMesh:    {pki.Voter, pki.Gateway},
+	transport.ClassGossip:  {pki.Voter, pki.Gateway},
 }
 
 // historyClass says whether a class brings the event log to nodes that lack it.

@@ -45,7 +45,7 @@ func TestRolesPerClass(t *testing.T) {
 	speaks := map[string][]string{
 		pki.Voter:     {transport.ClassRaft, transport.ClassBulk, transport.ClassConfirm, transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
 		pki.Gateway:   {transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
-		pki.Connector: {transport.ClassFence, transport.ClassEvents, transport.ClassMesh, transport.ClassGossip},
+		pki.Connector: {},
 	}
 	for role, classes := range speaks {
 		cert := mustCert(mustSign(t, ca, role, "n1", time.Now()))
