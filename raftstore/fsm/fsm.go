@@ -116,23 +116,23 @@ func Open(cfg Config) (*FSM, error) {
 	if cfg.Needs == nil {
 		cfg.Needs = event.Needs
 	}
-	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
+	l := disk.NewLogger(cfg.Log, cfg.OnFatal)
 	o := disk.Options(cfg.FS, l, memTableSize, cfg.Shared)
 	o.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionBalanced })
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10) // most ids asked for are new
 	}
-	db, err := pebble.Open(cfg.Dir, o)
+	db, err := disk.Open(cfg.Dir, o, l)
 	if err != nil {
 		return nil, fmt.Errorf("open the event store: %w", err)
 	}
 	f := &FSM{cfg: cfg, opts: o, db: db, logger: l}
 	f.changed.c = make(chan struct{})
 	if err := f.load(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open the event store: %w", err), db.Close())
+		return nil, errors.Join(fmt.Errorf("open the event store: %w", err), l.Await(db.Close))
 	}
 	if err := cfg.FS.RemoveAll(f.restoreDir()); err != nil {
-		return nil, errors.Join(fmt.Errorf("remove a half restored snapshot: %w", err), db.Close())
+		return nil, errors.Join(fmt.Errorf("remove a half restored snapshot: %w", err), l.Await(db.Close))
 	}
 	f.startHistory()
 	return f, nil
@@ -205,14 +205,13 @@ func (f *FSM) adopt(h *Head) error {
 
 // Close closes the database. After a failure of it, it is left as it is.
 func (f *FSM) Close() error {
-	if f.logger.Failed() {
-		return errors.New("the event store's database failed and was left as it is")
+	if err := f.logger.Await(func() error {
+		f.history.stop()
+		return errors.Join(f.db.LogData(nil, pebble.Sync), f.db.Close())
+	}); err != nil {
+		return fmt.Errorf("close the event store: %w", err)
 	}
-	f.history.stop()
-	if err := f.db.LogData(nil, pebble.Sync); err != nil {
-		return errors.Join(err, f.db.Close())
-	}
-	return f.db.Close()
+	return nil
 }
 
 // Apply is ApplyBatch of one entry.

@@ -118,18 +118,18 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.FS == nil {
 		cfg.FS = vfs.Default
 	}
-	l := &disk.Logger{Log: cfg.Log, OnFatal: cfg.OnFatal}
+	l := disk.NewLogger(cfg.Log, cfg.OnFatal)
 	o, err := cfg.options(l)
 	if err != nil {
 		return nil, fmt.Errorf("open the raft log: %w", err)
 	}
-	db, err := pebble.Open(cfg.Dir, o)
+	db, err := disk.Open(cfg.Dir, o, l)
 	if err != nil {
 		return nil, fmt.Errorf("open the raft log: %w", err)
 	}
 	s := &Store{db: db, logger: l, committed: cfg.Committed, writing: make(chan struct{}, 1)}
 	if err := s.load(); err != nil {
-		return nil, errors.Join(fmt.Errorf("read the raft log: %w", err), db.Close())
+		return nil, errors.Join(fmt.Errorf("read the raft log: %w", err), l.Await(db.Close))
 	}
 	return s, nil
 }
@@ -142,15 +142,16 @@ func (cfg *Config) options(l *disk.Logger) (*pebble.Options, error) {
 		dir = cfg.WALDir
 		o.WALDir = dir
 		// Entries from before it was set.
-		o.WALRecoveryDirs = []wal.Dir{{FS: cfg.FS, Dirname: cfg.Dir}}
+		o.WALRecoveryDirs = []wal.Dir{{FS: o.FS, Dirname: cfg.Dir}}
 	}
 	if cfg.WALFailoverDir != "" {
-		o.WALFailover = &pebble.WALFailoverOptions{Secondary: wal.Dir{FS: cfg.FS, Dirname: cfg.WALFailoverDir}}
+		l.SecondWAL = true
+		o.WALFailover = &pebble.WALFailoverOptions{Secondary: wal.Dir{FS: o.FS, Dirname: cfg.WALFailoverDir}}
 		o.WALFailover.UnhealthyOperationLatencyThreshold = func() (time.Duration, bool) { return walFailoverAfter, true }
 		return o, cfg.FS.MkdirAll(cfg.WALFailoverDir, 0o700)
 	}
 	var err error
-	o.FS, err = newSpareFS(cfg.FS, dir)
+	o.FS, err = newSpareFS(o.FS, dir)
 	return o, err
 }
 
@@ -185,10 +186,10 @@ func (s *Store) load() error {
 
 // Close closes the database. After a failure it leaves it as it is.
 func (s *Store) Close() error {
-	if s.logger.Failed() {
-		return errors.New("the raft log's database failed and was left as it is")
+	if err := s.logger.Await(s.db.Close); err != nil {
+		return fmt.Errorf("close the raft log: %w", err)
 	}
-	return s.db.Close()
+	return nil
 }
 
 // Metrics is Pebble's account of itself, for benchmarks and tests.

@@ -5,6 +5,7 @@ package disk
 import (
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -16,13 +17,29 @@ import (
 // come back: db.go would go on and report the failed commit as done. The
 // library's own ends the process; ours tells the owner, who can let sessions
 // end first, and then never returns to the caller. Whatever waits for that
-// write waits for ever, so nothing is acknowledged that is not stored.
+// write waits for ever, so nothing is acknowledged that is not stored. Most
+// failures do not come so far: see guard.
 type Logger struct {
 	Log     *slog.Logger
-	OnFatal func(error) // called once, from Pebble's goroutine; must not block
+	onFatal func(error)
 
-	failed   atomic.Bool
+	// SecondWAL says that the WAL may go to a second directory. Set before the
+	// database is opened.
+	SecondWAL bool
+
+	broken   chan struct{} // closed when a write has failed for good
 	reported atomic.Bool
+	mu       struct {
+		sync.Mutex
+		err     error           // why broken is closed
+		lostWAL map[string]bool // directories that take no WAL at present
+	}
+}
+
+// NewLogger makes the logger of one database. onFatal, if not nil, is called
+// once, from Pebble's goroutine, and must not block.
+func NewLogger(log *slog.Logger, onFatal func(error)) *Logger {
+	return &Logger{Log: log, onFatal: onFatal, broken: make(chan struct{})}
 }
 
 // Infof drops what Pebble tells of its everyday work: flushes, compactions.
@@ -35,17 +52,48 @@ func (l *Logger) Errorf(format string, args ...any) {
 
 // Fatalf reports and parks the calling goroutine for ever.
 func (l *Logger) Fatalf(format string, args ...any) {
-	l.failed.Store(true)
-	l.report(fmt.Errorf("pebble: "+format, args...))
+	l.fail(fmt.Errorf("pebble: "+format, args...))
+}
+
+// fail reports that a write failed, and does not return.
+func (l *Logger) fail(err error) {
+	l.mu.Lock()
+	if l.mu.err == nil {
+		l.mu.err = err
+		close(l.broken)
+	}
+	l.mu.Unlock()
+	l.report(err)
 	select {}
+}
+
+// lostWAL notes that a directory takes no WAL, and reports whether both do not.
+func (l *Logger) lostWAL(dir string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.mu.lostWAL == nil {
+		l.mu.lostWAL = map[string]bool{}
+	}
+	if !l.mu.lostWAL[dir] {
+		l.Log.Error("a directory takes no log of the database", "dir", dir)
+	}
+	l.mu.lostWAL[dir] = true
+	return len(l.mu.lostWAL) > 1
+}
+
+// foundWAL notes that a directory takes a WAL.
+func (l *Logger) foundWAL(dir string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.mu.lostWAL, dir)
 }
 
 // report tells the owner, once, that the node must stop.
 func (l *Logger) report(err error) {
 	if l.reported.CompareAndSwap(false, true) {
 		l.Log.Error("the database cannot go on; this node must stop", "error", err)
-		if l.OnFatal != nil {
-			l.OnFatal(err)
+		if l.onFatal != nil {
+			l.onFatal(err)
 		}
 	}
 }
@@ -57,9 +105,14 @@ func (l *Logger) corrupt(i pebble.DataCorruptionInfo) {
 	l.report(fmt.Errorf("pebble: %s is damaged: %w", i.Path, i.Details))
 }
 
-// Failed tells whether Fatalf was called. The database must not be closed
-// then: Close would wait for the parked goroutine.
-func (l *Logger) Failed() bool { return l.failed.Load() }
+// Err is the write that failed, or nil. After a failure the database is left
+// as a crash would leave it: whoever writes, or closes it, waits for the
+// parked goroutine, but by Await.
+func (l *Logger) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mu.err
+}
 
 // Shared is what both instances share: a cache of blocks, so that neither
 // keeps memory the other could use, and one of open files.
@@ -80,11 +133,11 @@ func (s *Shared) Release() {
 	s.cache.Unref()
 }
 
-// Options are Pebble's, as both instances use them. memTableSize is in bytes.
+// Options are Pebble's, as both instances use them, for Open. memTableSize is in bytes.
 // With shared nil the instance has small caches of its own.
 func Options(fs vfs.FS, l *Logger, memTableSize uint64, shared *Shared) *pebble.Options {
 	o := &pebble.Options{
-		FS:     fs,
+		FS:     Guard(fs, l),
 		Logger: l,
 		// The default for a new database is the oldest supported version.
 		FormatMajorVersion: pebble.FormatNewest,
