@@ -13,7 +13,7 @@ import (
 )
 
 // audit is the node's own recording: refused logins and API calls. It begins
-// anew with each start and each day.
+// anew with each start, each day, and after a write to it has failed.
 type audit struct {
 	spool   *spool.Spool
 	node    string
@@ -23,7 +23,8 @@ type audit struct {
 		sync.Mutex
 		w          *spool.Writer
 		day        string
-		tokens     float64 // of the bucket that bounds refusals
+		failed     time.Time // when a write to w failed; zero while none has
+		tokens     float64   // of the bucket that bounds refusals
 		filled     time.Time
 		suppressed uint64
 	}
@@ -44,22 +45,31 @@ func openAudit(s *spool.Spool, node, version string, log *slog.Logger) (*audit, 
 	return a, a.begin(time.Now())
 }
 
-// begin opens the day's recording. a.mu is held.
+// begin opens the day's recording, or one after that which can no longer be
+// written: a disk that was full has room again. a.mu is held.
 func (a *audit) begin(now time.Time) error {
 	day := now.UTC().Format(time.DateOnly)
-	if a.mu.w != nil && a.mu.day == day {
+	failed := a.mu.failed
+	if a.mu.w != nil && a.mu.day == day && (failed.IsZero() || now.Sub(failed) < retryAudit) {
 		return nil
 	}
 	w, err := a.spool.Begin(recording.Header{Session: "node-" + a.node + "-" + newSessionID(), Kind: "node", Started: now, Labels: map[string]string{"version": a.version}})
 	if err != nil {
 		return err
 	}
-	if a.mu.w != nil {
+	if a.mu.w != nil && failed.IsZero() {
 		err = a.mu.w.Close(recording.Ending{At: now, Reason: "closed", Detail: "a new day"})
+	} else if a.mu.w != nil {
+		// What it has is sealed, and says that it could not go on.
+		a.log.Warn("the node's own recording goes on in another", "err", a.mu.w.Close(recording.Ending{At: now, Reason: "closed", Detail: "a write failed"}))
 	}
-	a.mu.w, a.mu.day = w, day
+	a.mu.w, a.mu.day, a.mu.failed = w, day, time.Time{}
 	return err
 }
+
+// retryAudit is how long after a failed write another recording is begun: each
+// is a few files, on a disk that may still be full.
+const retryAudit = time.Second
 
 // maxText bounds each text of an entry: much of it is what strangers sent.
 const maxText = 512
@@ -83,6 +93,9 @@ func (a *audit) append(e *recording.Entry) error {
 		return err
 	}
 	_, err := a.mu.w.Append(e)
+	if err != nil && !errors.Is(err, spool.ErrFull) && a.mu.failed.IsZero() { // the bound of the spool is met before anything is written
+		a.mu.failed = time.Now()
+	}
 	return err
 }
 
