@@ -269,7 +269,7 @@ func (c *Cluster) AddNode(ctx context.Context) (*Node, error) {
 		c.opts.Log("joining node %s at %s", name, addr)
 		var token string
 		role := pki.Voter
-		if i >= c.opts.Nodes-c.opts.Gateways {
+		if i < c.opts.Nodes && i >= c.opts.Nodes-c.opts.Gateways { // not one that is added later
 			role = pki.Gateway
 		}
 		if token, err = c.CLI(ctx, c.AdminEnv(), "cluster", "token", "create", "--role", role); err == nil {
@@ -650,6 +650,15 @@ func (n *Node) signal(sig syscall.Signal) error {
 
 // Running reports whether the process runs (or is paused).
 func (n *Node) Running() bool { return n.process().running() }
+
+// ExitCode is the status that the node's last process ended with; -1 while it
+// runs, and when a signal ended it.
+func (n *Node) ExitCode() int {
+	if p := n.process(); p != nil && !p.running() {
+		return p.cmd.ProcessState.ExitCode()
+	}
+	return -1
+}
 
 // PID of the node's process; 0 when it is not running.
 func (n *Node) PID() int {

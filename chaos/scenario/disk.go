@@ -122,10 +122,9 @@ func playSlowDisk(ctx context.Context, w *World) error {
 }
 
 // playFullDisk gives a follower's directory a small file system of its own and
-// fills it. What it cannot store it must not acknowledge; it may stop, and is
-// started again when there is room.
+// fills it: first under the databases, then under the spool.
 func playFullDisk(ctx context.Context, w *World) error {
-	for _, dir := range []string{"raft", "spool"} {
+	for i, dir := range []string{"raft", "spool"} {
 		if err := w.load.await(ctx, 4); err != nil {
 			return err
 		}
@@ -135,10 +134,12 @@ func playFullDisk(ctx context.Context, w *World) error {
 		}
 		w.kill(n)
 		path := filepath.Join(n.DataDir, dir)
-		if err := onSmallDisk(path, 256<<20); err != nil {
+		kind, err := w.onSmallDisk(path, i)
+		if err != nil {
 			w.skip("full disks", err)
 			return errors.Join(w.start(n), w.whole(ctx))
 		}
+		w.fault("%s of %s is on %s, of %d MiB", dir, n.Name, kind, smallDisk>>20)
 		if err := errors.Join(w.start(n), w.whole(ctx)); err != nil {
 			return err
 		}
@@ -148,35 +149,141 @@ func playFullDisk(ctx context.Context, w *World) error {
 			return err
 		}
 		w.revokeSome(ctx, 3)
-		if err := sleep(ctx, 4*time.Second); err != nil {
+		if dir == "raft" {
+			err = w.endsFull(ctx, n)
+		} else { // no session without its recording: it stays, and takes none
+			err = sleep(ctx, 4*time.Second)
+			if !n.Running() {
+				err = errors.Join(err, fmt.Errorf("%s ended of a full spool", n.Name))
+			}
+		}
+		if err != nil {
 			return err
 		}
 		w.fault("there is room again")
 		if err := os.Remove(ballast); err != nil {
 			return err
 		}
-		if err := w.whole(ctx); err != nil {
+		if err := errors.Join(w.whole(ctx), w.recordsAgain(ctx, n)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// onSmallDisk moves a directory to a memory file system of its own, which only
-// this run sees.
-func onSmallDisk(path string, size int64) error {
+// recordsAgain waits until a node takes calls, which it records, after its
+// disk was full.
+func (w *World) recordsAgain(ctx context.Context, n *node) error {
+	for end := time.Now().Add(10 * time.Second); ; {
+		_, err := w.admin(n).Config(ctx)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s takes no calls 10 s after there was room: %w", n.Name, err)
+		}
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// endsFull sees to it that a node whose disk is full under its databases ends,
+// in good order, and that it says the same when it is started once more.
+//
+// What it has room for, in files laid out before, it still stores: events are
+// made until it needs another.
+func (w *World) endsFull(ctx context.Context, n *node) error {
+	end := time.Now().Add(90 * time.Second)
+	for n.Running() {
+		if time.Now().After(end) {
+			return fmt.Errorf("%s goes on with a full disk", n.Name)
+		}
+		rctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		_, err := w.revokeNobodies(rctx, 100, 8) // some at the node that ends
+		cancel()
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		w.note("revocations", fmt.Sprint(err))
+	}
+	if err := w.endedFull(n, 0); err != nil {
+		return err
+	}
+	seen, err := os.ReadFile(n.LogFile)
+	if err != nil {
+		return err
+	}
+	if err := w.start(n); err != nil {
+		return err
+	}
+	// It may begin to serve and end later, when the rest of its room is used.
+	for end := time.Now().Add(20 * time.Second); n.Running() && time.Now().Before(end); {
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	if n.Running() {
+		return fmt.Errorf("%s runs although its disk is full", n.Name)
+	}
+	return w.endedFull(n, len(seen))
+}
+
+// endedFull looks at how a node ended, by its status and by its log from
+// offset on.
+func (w *World) endedFull(n *node, offset int) error {
+	log, err := os.ReadFile(n.LogFile)
+	if err != nil {
+		return err
+	}
+	log = log[offset:]
+	w.fault("%s has ended, status %d", n.Name, n.ExitCode())
+	switch {
+	case n.ExitCode() != 1:
+		return fmt.Errorf("%s ended with status %d of a full disk", n.Name, n.ExitCode())
+	case bytes.Contains(log, []byte("panic:")) || bytes.Contains(log, []byte("\ngoroutine ")):
+		return fmt.Errorf("%s ended in a panic of a full disk", n.Name)
+	case !bytes.Contains(log, []byte("the disk under "+n.DataDir)) || !bytes.Contains(log, []byte("make room")):
+		return fmt.Errorf("%s does not say that its disk is full", n.Name)
+	}
+	return nil
+}
+
+// smallDisk is the size of a file system that is to be full, in bytes; there
+// are smallDisks of them.
+const smallDisk, smallDisks = 256 << 20, 2
+
+// disksDir is where they are, under the directory of a run, if it could have
+// ext4 on loop devices.
+const disksDir = "disks"
+
+// onSmallDisk moves a directory to the i-th small file system, which only this
+// run sees: ext4 on a loop device if it could be made, else memory. It returns
+// which.
+func (w *World) onSmallDisk(path string, i int) (kind string, err error) {
 	moved := path + ".moved"
 	if err := os.Rename(path, moved); err != nil {
-		return err
+		return "", err
 	}
 	if err := os.Mkdir(path, 0o700); err != nil {
-		return err
+		return "", err
 	}
-	if err := unix.Mount("chaos", path, "tmpfs", 0, "mode=700,size="+strconv.FormatInt(size, 10)); err != nil {
+	ext4 := filepath.Join(filepath.Dir(w.out), disksDir, strconv.Itoa(i))
+	if kind = "ext4 on a loop device"; unix.Mount(ext4, path, "", unix.MS_BIND, "") != nil {
+		kind = "tmpfs"
+		err = unix.Mount("chaos", path, "tmpfs", 0, "mode=700,size="+strconv.Itoa(smallDisk))
+	}
+	if err == nil { // what is filled must be what was made small
+		var fs unix.Statfs_t
+		if err = unix.Statfs(path, &fs); err == nil && fs.Blocks*uint64(fs.Bsize) > smallDisk {
+			err = errors.Join(fmt.Errorf("it has %d MiB", fs.Blocks*uint64(fs.Bsize)>>20), unix.Unmount(path, 0))
+		}
+	}
+	if err != nil {
 		_ = os.Remove(path)
-		return errors.Join(fmt.Errorf("mount a small file system: %w", err), os.Rename(moved, path))
+		return "", errors.Join(fmt.Errorf("mount a small file system: %w", err), os.Rename(moved, path))
 	}
-	return errors.Join(os.CopyFS(path, os.DirFS(moved)), os.RemoveAll(moved))
+	return kind, errors.Join(os.Chmod(path, 0o700), os.CopyFS(path, os.DirFS(moved)), os.RemoveAll(moved))
 }
 
 // fill writes until there is no room.

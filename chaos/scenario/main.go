@@ -42,7 +42,7 @@ func Main(args []string, stdout io.Writer) int {
 	flags.SetOutput(stdout)
 	flags.StringVar(&s.scenario, "scenario", "mix", "mix, revoke, smoke, all, or names of docs/reliability.md with commas between")
 	flags.Uint64Var(&s.seed, "seed", 0, "seed of what is by chance; 0 makes one up")
-	flags.DurationVar(&s.time, "time", 10*time.Minute, "length of the mix")
+	flags.DurationVar(&s.time, "time", 0, "length of the mix (default 10m), or of each thing that S27 does to the S3 server (default 15s)")
 	flags.StringVar(&s.out, "out", "", "directory for journals and nodes' logs; default a temporary one, kept when the run fails")
 	flags.StringVar(&s.binary, "binary", os.Getenv("SALLYPORT_BIN"), "sallyport, built with -tags chaos for scenarios with disk faults")
 	flags.StringVar(&s.gate, "kernel-gate", "require", "require for nodes at level 2 of the fence, off for level 1")
@@ -101,11 +101,16 @@ func outside(s settings, stdout io.Writer) int {
 	signal.Ignore(os.Interrupt) // the processes inside handle it
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	if slices.Contains(names, "S14") {
+		if err := sandbox.Loops(filepath.Join(s.out, disksDir), smallDisks, smallDisk); err != nil {
+			fmt.Fprintln(stdout, "chaos: full disks are in memory, no ext4 on a loop device:", err)
+		}
+	}
 	var failed []string
 	for _, name := range names {
 		fmt.Fprintf(stdout, "chaos: scenario %s, seed %d\n", name, s.seed)
 		cmd := sandbox.Command(context.Background(), "/proc/self/exe", "-scenario="+name, "-seed="+strconv.FormatUint(s.seed, 10),
-			"-time="+s.time.String(), "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons), "-revocations="+strconv.Itoa(s.revokes))
+			"-time="+s.time.String(), "-kernel-gate="+s.gate, "-out="+s.out, "-binary="+s.binary, "-sessions="+strconv.Itoa(s.beacons), "-revocations="+strconv.Itoa(s.revokes))
 		cmd.Stdout, cmd.Stderr = stdout, os.Stderr
 		if err := cmd.Run(); err != nil {
 			fmt.Fprintf(stdout, "chaos: %s FAILED (%v); again: make chaos SCENARIO=%s SEED=%d\n", name, err, name, s.seed)
@@ -148,11 +153,11 @@ func (s *settings) names() (names []string, err error) {
 // one plays one scenario, or a mix.
 func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 	began := time.Now()
-	o := options{nodes: 3, seed: s.seed, out: filepath.Join(s.out, name), binary: s.binary, gate: s.gate, log: log.New(stdout, name+" ", log.Ltime|log.Lmicroseconds)}
+	o := options{nodes: 3, seed: s.seed, time: s.time, out: filepath.Join(s.out, name), binary: s.binary, gate: s.gate, log: log.New(stdout, name+" ", log.Ltime|log.Lmicroseconds)}
 	sc := Scenario{Name: name}
 	switch name {
 	case "mix":
-		sc.play = func(ctx context.Context, w *World) error { return mix(ctx, w, s.time) }
+		sc.play = func(ctx context.Context, w *World) error { return mix(ctx, w, w.length(10*time.Minute)) }
 	case "smoke":
 		sc.play = playSmoke
 	case "revoke":
@@ -178,7 +183,7 @@ func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 		defer s3.stop()
 		o.recordings = s3.url()
 	}
-	ctx, cancel := context.WithTimeout(ctx, max(s.time, revokeLimit)+15*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, max(s3Moods*s.time, revokeLimit)+15*time.Minute)
 	defer cancel()
 	w, err := newWorld(ctx, o)
 	if err != nil {

@@ -31,18 +31,23 @@ permit (principal in Group::"ci-migrate", action == Action::"connect", resource)
 type mode struct {
 	name, ref string
 	runs      bool // on, while the quorum is lost
+	// again and anew say whether sessions begin meanwhile: of somebody who was
+	// let in on this node before, and of somebody new.
+	again, anew bool
 }
 
-var modes = []mode{{"strict", "feature", false}, {"bounded", "main", true}, {"best_effort", "migrate", true}}
+var modes = []mode{{"strict", "feature", false, false, false}, {"bounded", "main", true, true, false}, {"best_effort", "migrate", true, true, true}}
 
 // pinger is a session that asks and is answered as often as it can.
 type pinger struct {
 	mode
-	conn *pgx.Conn
-	mu   sync.Mutex
-	last time.Time // of the newest answer
-	err  error
-	done chan struct{}
+	subject, token string
+	conn           *pgx.Conn
+	mu             sync.Mutex
+	last           time.Time     // of the newest answer
+	stood          time.Duration // the longest without one since gap was called
+	err            error
+	done           chan struct{}
 }
 
 func (p *pinger) run(ctx context.Context) {
@@ -51,7 +56,11 @@ func (p *pinger) run(ctx context.Context) {
 		_, err := p.conn.Exec(ctx, "SELECT 1", pgx.QueryExecModeSimpleProtocol)
 		p.mu.Lock()
 		if p.err = err; err == nil {
-			p.last = time.Now()
+			now := time.Now()
+			if !p.last.IsZero() {
+				p.stood = max(p.stood, now.Sub(p.last))
+			}
+			p.last = now
 		}
 		p.mu.Unlock()
 		if err != nil || sleep(ctx, 20*time.Millisecond) != nil {
@@ -66,6 +75,15 @@ func (p *pinger) state() (last time.Time, err error) {
 	return p.last, p.err
 }
 
+// gap is the longest time without an answer since it was last called.
+func (p *pinger) gap() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := max(p.stood, time.Since(p.last))
+	p.stood = 0
+	return d
+}
+
 // playNoQuorum takes two of three nodes away for 30 s and looks at what the
 // third does in each mode.
 func playNoQuorum(ctx context.Context, w *World) error {
@@ -77,7 +95,8 @@ func playNoQuorum(ctx context.Context, w *World) error {
 	defer cancel()
 	var pingers []*pinger
 	for _, m := range modes {
-		token, err := w.load.token(w.load.name("mode"), m.ref)
+		name := w.load.name("mode")
+		token, err := w.load.token(name, m.ref)
 		if err != nil {
 			return err
 		}
@@ -85,7 +104,7 @@ func playNoQuorum(ctx context.Context, w *World) error {
 		if err != nil {
 			return fmt.Errorf("login, %s: %w", m.name, err)
 		}
-		p := &pinger{mode: m, conn: c, done: make(chan struct{})}
+		p := &pinger{mode: m, subject: subject(name), token: token, conn: c, done: make(chan struct{})}
 		go p.run(pctx)
 		pingers = append(pingers, p)
 	}
@@ -113,28 +132,46 @@ func playNoQuorum(ctx context.Context, w *World) error {
 		if err != nil {
 			return err
 		}
-		c, err := w.load.login(ctx, n, token)
-		if err == nil {
-			hangUp(c)
-		}
-		w.log.Printf("quorum lost, new session, %s: %v", p.name, err)
-		if !p.runs && err == nil {
-			wrong = append(wrong, fmt.Sprintf("a new session was let in under %s", p.name))
+		for _, l := range []struct {
+			who, token string
+			want       bool
+		}{{"somebody new", token, p.anew}, {"who was let in before", p.token, p.again}} {
+			c, err := w.load.login(ctx, n, l.token)
+			if err == nil {
+				hangUp(c)
+			}
+			w.log.Printf("quorum lost, new session, %s, %s: %v", p.name, l.who, err)
+			if (err == nil) != l.want {
+				wrong = append(wrong, fmt.Sprintf("a new session under %s, of %s: let in %v, want %v (%v)", p.name, l.who, err == nil, l.want, err))
+			}
 		}
 	}
-	rctx, stop := context.WithTimeout(ctx, 10*time.Second)
-	_, err = revoke(rctx, w.admin(n), subject("nobody"))
-	stop()
-	w.log.Printf("quorum lost, revoke: %v", err)
-	if err == nil {
-		wrong = append(wrong, "revoke returned without a quorum")
+	// It is refused, and freezes for 5 s what it names: sessions that are not
+	// strict stand still, and go on.
+	for _, p := range pingers {
+		p.gap()
+		rctx, stop := context.WithTimeout(ctx, 10*time.Second)
+		_, err := revoke(rctx, w.admin(n), p.subject)
+		stop()
+		serr := sleep(ctx, 2*time.Second)
+		stood := p.gap()
+		w.log.Printf("quorum lost, revoke of the %s session: %v; it has stood still for %v", p.name, err, stood.Round(time.Millisecond))
+		if serr != nil {
+			return serr
+		}
+		if err == nil || !strings.Contains(err.Error(), "no quorum") {
+			wrong = append(wrong, fmt.Sprintf("revoke without a quorum says %v", err))
+		}
+		if stood < time.Second {
+			wrong = append(wrong, fmt.Sprintf("revoke without a quorum did not freeze the %s session", p.name))
+		}
 	}
 	if err := sleep(ctx, time.Until(lost.Add(30*time.Second))); err != nil {
 		return err
 	}
 	for _, p := range pingers {
 		last, err := p.state()
-		w.log.Printf("quorum lost for 30 s, %s: last answer %v after the loss, %v", p.name, last.Sub(lost).Round(time.Millisecond), err)
+		w.log.Printf("quorum lost for %v, %s: last answer %v after the loss, %v", time.Since(lost).Round(time.Second), p.name, last.Sub(lost).Round(time.Millisecond), err)
 		switch {
 		case err != nil:
 			wrong = append(wrong, fmt.Sprintf("the %s session ended: %v", p.name, err))

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -26,6 +27,7 @@ type s3Server struct {
 	front *http.Server
 	addr  string
 	mood  atomic.Pointer[string] // "", down, slow, lie
+	ended chan struct{}          // closed when the process has
 }
 
 const s3Key, s3Secret, s3Bucket = "sallyport-chaos", "sallyport-chaos-secret", "recordings"
@@ -49,10 +51,9 @@ func startS3(ctx context.Context, dir string) (*s3Server, error) {
 	}
 	back := l.Addr().String()
 	l.Close()
-	s := &s3Server{cmd: exec.Command(bin, "--port", back, "--region", "us-east-1", "posix", dir)}
+	s := &s3Server{cmd: exec.Command(bin, "--port", back, "--region", "us-east-1", "posix", dir), ended: make(chan struct{})}
 	s.cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID="+s3Key, "ROOT_SECRET_ACCESS_KEY="+s3Secret)
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := s.cmd.Start(); err != nil {
+	if err := s.spawn(); err != nil {
 		return nil, err
 	}
 	s.set("")
@@ -107,6 +108,25 @@ func startS3(ctx context.Context, dir string) (*s3Server, error) {
 	}
 }
 
+// spawn starts the server as a process that ends with ours. The signal for
+// that comes when the thread ends that made the process, and threads do end
+// (sandbox.Host.Do): this one is kept until the process has.
+func (s *s3Server) spawn() error {
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer close(s.ended)
+		err := s.cmd.Start()
+		started <- err
+		if err == nil {
+			_ = s.cmd.Wait()
+		}
+	}()
+	return <-started
+}
+
 func (s *s3Server) set(mood string) { s.mood.Store(&mood) }
 
 func (s *s3Server) url() string {
@@ -119,20 +139,23 @@ func (s *s3Server) stop() {
 		s.front.Close()
 	}
 	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait()
+	<-s.ended
 }
+
+// s3Moods is how many moods playS3 goes through.
+const s3Moods = 4
 
 // playS3 has the store of recordings down, slow and lying. Sessions go on, and
 // at the end every recording is there and verifies.
 func playS3(ctx context.Context, w *World) error {
-	for _, mood := range []string{"down", "slow", "lie", "down"} {
+	for _, mood := range [s3Moods]string{"down", "slow", "lie", "down"} {
 		if err := w.load.await(ctx, 3); err != nil {
 			return err
 		}
 		w.fault("the store of recordings: %s", mood)
 		w.s3.set(mood)
 		w.revokeSome(ctx, 2)
-		if err := sleep(ctx, 15*time.Second); err != nil {
+		if err := sleep(ctx, w.length(15*time.Second)); err != nil {
 			return err
 		}
 		// Its spool is all that a killed node has of them.

@@ -462,12 +462,12 @@ func (w *World) revokeNobodies(ctx context.Context, n, atATime int) ([]time.Dura
 	var errs []error
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, atATime)
-	for i := range n {
+	for range n {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
 			began := time.Now()
-			info, err := revoke(ctx, w.admin(w.load.somewhere()), subject(fmt.Sprintf("nobody-%d", i)))
+			info, err := revoke(ctx, w.admin(w.load.somewhere()), subject(w.load.name("nobody")))
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {

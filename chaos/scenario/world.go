@@ -33,7 +33,8 @@ type World struct {
 	Box  *sandbox.Sandbox
 	rng  *rand.Rand // the scenario's goroutine only
 	seed uint64
-	out  string // where journals go
+	time time.Duration // asked for; 0 for what the scenario says
+	out  string        // where journals go
 	log  *log.Logger
 
 	hosts []*sandbox.Host // by node
@@ -71,6 +72,7 @@ type interval struct{ from, to time.Time } // to is zero while it lasts
 type options struct {
 	nodes      int
 	seed       uint64
+	time       time.Duration
 	out        string
 	binary     string
 	gate       string // kernelGate of the nodes
@@ -81,7 +83,7 @@ type options struct {
 
 // newWorld starts everything; nothing disturbs it yet.
 func newWorld(ctx context.Context, o options) (_ *World, err error) {
-	w := &World{seed: o.seed, rng: rand.New(rand.NewPCG(o.seed, 1)), out: o.out, log: o.log, skipped: map[string]string{}, clients: map[*node]*api.Client{}}
+	w := &World{seed: o.seed, time: o.time, rng: rand.New(rand.NewPCG(o.seed, 1)), out: o.out, log: o.log, skipped: map[string]string{}, clients: map[*node]*api.Client{}}
 	if err := os.MkdirAll(o.out, 0o755); err != nil {
 		return nil, err
 	}
@@ -146,6 +148,14 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 	}
 	w.load, err = newLoad(w)
 	return w, err
+}
+
+// length is how long something is to take: what was asked for, or usual.
+func (w *World) length(usual time.Duration) time.Duration {
+	if w.time > 0 {
+		return w.time
+	}
+	return usual
 }
 
 func (w *World) diskFile(i int) string {
