@@ -128,7 +128,7 @@ func Open(cfg Config) (*FSM, error) {
 	}
 	f := &FSM{cfg: cfg, opts: o, db: db, logger: l}
 	f.changed.c = make(chan struct{})
-	if err := f.load(); err != nil {
+	if err := l.Await(f.load); err != nil { // it may write
 		return nil, errors.Join(fmt.Errorf("open the event store: %w", err), l.Await(db.Close))
 	}
 	if err := cfg.FS.RemoveAll(f.restoreDir()); err != nil {
