@@ -146,3 +146,41 @@ func TestLeaseAndRevoke(t *testing.T) {
 		t.Errorf("enforced twice: %v", got)
 	}
 }
+
+// restless is an Enforcer under which nothing comes to rest.
+type restless struct{}
+
+func (restless) Freeze(ID, []byte)                {}
+func (restless) Thaw(ID)                          {}
+func (restless) Enforce(Revocation) <-chan []byte { return make(chan []byte) }
+
+// TestRevokedWhileStopping has revocations come from the event log while Run
+// ends: it waits for what it began, and nothing is begun that it does not wait
+// for.
+func TestRevokedWhileStopping(t *testing.T) {
+	for range 50 {
+		h := NewHolder(HolderConfig{Length: testLength, Enforcer: restless{}, Leader: func() (string, string) { return "", "" }})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = h.Run(ctx)
+		}()
+		seq := uint64(0)
+		for ; seq < 20; seq++ {
+			h.Revoked(Revocation{Seq: seq + 1})
+		}
+		cancel()
+		for after := 0; after < 20; after++ {
+			seq++
+			h.Revoked(Revocation{Seq: seq})
+			select {
+			case <-ended:
+			default:
+				after = min(after, 10)
+			}
+		}
+		<-ended
+		h.wg.Wait() // nothing is left: this returns
+	}
+}

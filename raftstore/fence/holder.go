@@ -71,6 +71,7 @@ type Holder struct {
 		lapse   *time.Timer               // at the lease's end
 		idle    bool                      // nothing forwards any more: goodbye may be said
 		left    error                     // why the lease was given up for good
+		over    bool                      // Run waits for what it began: nothing more is begun
 		next    struct{ id, addr string } // who leads, as the last node asked said
 	}
 }
@@ -239,6 +240,9 @@ func (h *Holder) enforce(r Revocation) {
 		return
 	default:
 	}
+	if h.mu.over { // nobody is left to tell
+		return
+	}
 	h.wg.Go(func() {
 		select {
 		case note := <-quiescent:
@@ -293,8 +297,13 @@ func (h *Holder) thaw(id ID) {
 // Run keeps a lease from whoever leads until ctx ends. The lease it has then
 // goes on until its end, unless it was given up.
 func (h *Holder) Run(ctx context.Context) error {
-	defer h.wg.Wait()
-	defer close(h.done)
+	defer func() {
+		h.mu.Lock()
+		h.mu.over = true
+		h.mu.Unlock()
+		close(h.done)
+		h.wg.Wait()
+	}()
 	failed := ""
 	for ctx.Err() == nil {
 		if id, addr := h.leader(); id != "" {
