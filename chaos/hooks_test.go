@@ -11,12 +11,14 @@ import (
 	"github.com/sallyport/sallyport/chaos/cluster"
 )
 
-// faultMark is in the name of everything by which a chaos run steers a node.
-const faultMark = "SALLYPORT_CHAOS_"
+// faultMarks are in the name of everything by which a chaos run steers a node,
+// and in what the build stores that it upgrades to.
+var faultMarks = []string{"SALLYPORT_CHAOS_", "chaos.marked"}
 
 // TestNoFaultsInTheProduct holds that the faults a chaos run can ask a node for
-// are in builds with the tag chaos only: neither the binary that users get nor
-// any file it is built from knows of them.
+// are in builds with the tag chaos only, and the events of the build it upgrades
+// to in those with the tag chaosnext: neither the binary that users get nor any
+// file it is built from knows of them.
 func TestNoFaultsInTheProduct(t *testing.T) {
 	bin, err := cluster.Binary(t.Context())
 	if err != nil {
@@ -26,10 +28,12 @@ func TestNoFaultsInTheProduct(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if bytes.Contains(product, []byte(faultMark)) {
-		t.Errorf("%s knows %s…: it was built with the tag chaos", bin, faultMark)
+	for _, mark := range faultMarks {
+		if bytes.Contains(product, []byte(mark)) {
+			t.Errorf("%s knows %s…: it was built with the tag chaos or chaosnext", bin, mark)
+		}
 	}
-	files := func(tags string) (hooked []string) {
+	files := func(tags, mark string) (hooked []string) {
 		cmd := exec.Command("go", "list", "-tags", tags, "-deps", "-f", `{{if .Module}}{{$d := .Dir}}{{range .GoFiles}}{{$d}}/{{.}}{{"\n"}}{{end}}{{end}}`, "../cmd/sallyport")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		out, err := cmd.Output()
@@ -48,16 +52,18 @@ func TestNoFaultsInTheProduct(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if bytes.Contains(b, []byte(faultMark)) {
+			if bytes.Contains(b, []byte(mark)) {
 				hooked = append(hooked, name)
 			}
 		}
 		return hooked
 	}
-	if hooked := files(""); len(hooked) != 0 {
-		t.Errorf("files of the product know of faults: %v", hooked)
-	}
-	if hooked := files("chaos"); len(hooked) == 0 {
-		t.Error("a build with the tag chaos has no faults either: this test sees nothing")
+	for i, tags := range []string{"chaos", "chaosnext"} {
+		if hooked := files("", faultMarks[i]); len(hooked) != 0 {
+			t.Errorf("files of the product know of %s…: %v", faultMarks[i], hooked)
+		}
+		if hooked := files(tags, faultMarks[i]); len(hooked) == 0 {
+			t.Errorf("a build with the tag %s knows nothing of %s… either: this test sees nothing", tags, faultMarks[i])
+		}
 	}
 }

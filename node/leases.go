@@ -199,6 +199,9 @@ func (l *leases) onChange(v *state.View, events []event.Event) {
 			if err != nil {
 				continue // folding it has failed before
 			}
+			if l.n.store.IsLeader() {
+				point("revocation committed") // and not told to anybody over the fence
+			}
 			payload, _ := json.Marshal(p) // decoded from it: does not fail
 			r := fence.Revocation{Seq: e.Seq, ID: fence.ID(e.ID), Payload: payload}
 			l.grantor.Revoked(r)

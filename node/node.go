@@ -331,6 +331,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("feature level", n.raiseLevel)
 	run("secrets", n.keepSealed)
 	run("certificate", n.keepCertificate)
+	run("marks", n.storeMarks)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); ctx.Err() != nil {

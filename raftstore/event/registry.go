@@ -16,7 +16,7 @@ import (
 //	1  the first release: no event of type cluster.feature_level in the log
 //	2  idempotency ids are forgotten after a day, digests of the projections
 //	   travel with proposals; the types and versions marked 2 below
-const Level = 2
+const Level = 2 + ahead
 
 // BaseLevel is the level of a cluster that has not agreed on one.
 const BaseLevel = 1

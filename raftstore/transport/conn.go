@@ -19,10 +19,11 @@ type Conn struct {
 
 	writing sync.Mutex // held by Write and by what must not run beside it
 	closed  sync.Once
+	line    line // of chaos runs; nothing in the product
 }
 
 func newConn(c *quic.Conn, st *quic.Stream, peer string, leaf *x509.Certificate) *Conn {
-	return &Conn{quic: c, st: st, peer: peer, leaf: leaf}
+	return &Conn{quic: c, st: st, peer: peer, leaf: leaf, line: newLine(c.ConnectionState().TLS.NegotiatedProtocol)}
 }
 
 // Peer is the other node's name, from its certificate.
@@ -32,10 +33,19 @@ func (c *Conn) Peer() string { return c.peer }
 func (c *Conn) PeerCertificate() *x509.Certificate { return c.leaf }
 
 // Read reads what the peer wrote; io.EOF after its CloseWrite or Close.
-func (c *Conn) Read(b []byte) (int, error) { return c.st.Read(b) }
+func (c *Conn) Read(b []byte) (int, error) {
+	n, err := c.st.Read(b)
+	if held := c.line.wait(reading); held != nil {
+		return 0, held
+	}
+	return n, err
+}
 
 // Write blocks while the peer reads too slowly.
 func (c *Conn) Write(b []byte) (int, error) {
+	if held := c.line.wait(writing); held != nil {
+		return 0, held
+	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	return c.st.Write(b)
@@ -53,6 +63,7 @@ func (c *Conn) CloseWrite() error {
 // sends from now on is thrown away. It never blocks.
 func (c *Conn) Close() error {
 	c.closed.Do(func() {
+		c.line.close()
 		c.st.CancelRead(0)
 		if c.writing.TryLock() {
 			defer c.writing.Unlock()
@@ -71,10 +82,20 @@ func (c *Conn) LocalAddr() net.Addr { return c.quic.LocalAddr() }
 func (c *Conn) RemoteAddr() net.Addr { return c.quic.RemoteAddr() }
 
 // SetDeadline sets both deadlines.
-func (c *Conn) SetDeadline(t time.Time) error { return c.st.SetDeadline(t) }
+func (c *Conn) SetDeadline(t time.Time) error {
+	c.line.until(reading, t)
+	c.line.until(writing, t)
+	return c.st.SetDeadline(t)
+}
 
 // SetReadDeadline makes Reads fail after t; the zero time means never.
-func (c *Conn) SetReadDeadline(t time.Time) error { return c.st.SetReadDeadline(t) }
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	c.line.until(reading, t)
+	return c.st.SetReadDeadline(t)
+}
 
 // SetWriteDeadline makes Writes fail after t; the zero time means never.
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.st.SetWriteDeadline(t) }
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	c.line.until(writing, t)
+	return c.st.SetWriteDeadline(t)
+}

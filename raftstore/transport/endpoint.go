@@ -455,6 +455,9 @@ func (e *Endpoint) Dial(ctx context.Context, class, addr, peer string) (net.Conn
 	if !slices.Contains(e.cfg.Classes, class) {
 		return nil, fmt.Errorf("dial %s: unknown class %q", addr, class)
 	}
+	if err := reachable(ctx, class); err != nil {
+		return nil, fmt.Errorf("dial %s: %w", addr, err)
+	}
 	for attempt := 0; ; attempt++ {
 		c, fresh, err := e.connection(ctx, dialKey{class, addr, peer})
 		if err != nil {
