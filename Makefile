@@ -77,8 +77,8 @@ test-large: test-deps $(CACHE)/versitygw build ## what takes long: fuzzing and c
 	.ci/fuzz.sh 5m
 	$(with_binary) SALLYPORT_CHAOS_TIME=15m go test -race -count=1 -timeout 2h -v ./chaos/...
 
-# The program that plays them, and a binary with the faults of disks and clocks
-# that only it can have.
+# The program that plays them, a binary with the faults of disks and clocks that
+# only it can have, and the build that it is upgraded to.
 CHAOS      := $(CACHE)/test/chaos
 CHAOSBIN   := $(CACHE)/test/sallyport-chaos
 
@@ -88,6 +88,7 @@ chaos-build: test-deps $(CACHE)/versitygw
 	$(pure) go build -buildvcs=false -o $(CHAOS) ./chaos/run
 	chaos/run/clock.sh $(CACHE)/test/clock
 	$(pure) go build -buildvcs=false -tags chaos -overlay $(CACHE)/test/clock/overlay.json -o $(CHAOSBIN) ./cmd/sallyport
+	$(pure) go build -buildvcs=false -tags chaos,chaosnext -overlay $(CACHE)/test/clock/overlay.json -o $(CHAOSBIN)-next ./cmd/sallyport
 
 .PHONY: chaos
 chaos: chaos-build ## faults on real nodes under load, 10 minutes; SCENARIO=S3 SEED=… repeats one

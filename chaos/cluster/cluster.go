@@ -8,6 +8,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -94,6 +95,7 @@ type Node struct {
 	Addr    string // host:port
 	DataDir string
 	LogFile string
+	Binary  string // of its next start; "" for the cluster's
 
 	c     *Cluster
 	place *Place
@@ -587,7 +589,7 @@ func (n *Node) Start() error {
 	if n.p.running() {
 		return fmt.Errorf("node %s is running", n.Name)
 	}
-	cmd := exec.Command(n.c.Binary, append([]string{"serve", "--data-dir", n.DataDir, "--dev"}, n.c.opts.ServeArgs...)...)
+	cmd := exec.Command(cmp.Or(n.Binary, n.c.Binary), append([]string{"serve", "--data-dir", n.DataDir, "--dev"}, n.c.opts.ServeArgs...)...)
 	cmd.Env = append(n.c.cleanEnv(), n.c.opts.Env...)
 	if n.place.Env != nil {
 		cmd.Env = append(cmd.Env, n.place.Env()...)

@@ -25,6 +25,10 @@ func (w *World) hooked() error {
 const (
 	diskVar  = "SALLYPORT_CHAOS_DISK"
 	clockVar = "SALLYPORT_CHAOS_CLOCK"
+	pointVar = "SALLYPORT_CHAOS_POINT"
+	netVar   = "SALLYPORT_CHAOS_NET"
+	// A node's control files are named after that of its disk.
+	pointEnd, reachedEnd, netEnd = ".point", ".reached", ".net"
 )
 
 // disk gives a node's disk an order; "" ends it.

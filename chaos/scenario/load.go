@@ -410,17 +410,22 @@ func (l *load) await(ctx context.Context, n int) error {
 // revoke revokes a beacon's subject at node via, and has what follows judged.
 // It reports whether the answer was complete.
 func (l *load) revoke(ctx context.Context, b *beacon, via *node) (bool, error) {
+	return l.revokeBy(ctx, b, l.w.admin(via), via.Name)
+}
+
+// revokeBy is revoke by a client of the caller's, which calls the nodes named via.
+func (l *load) revokeBy(ctx context.Context, b *beacon, client *api.Client, via string) (bool, error) {
 	members := l.w.members()
 	b.judged.Add(1)
 	called := time.Now()
-	info, err := revoke(ctx, l.w.admin(via), b.subject)
+	info, err := revoke(ctx, client, b.subject)
 	returned := time.Now()
-	op := check.Op{Object: b.subject, What: "revoke at " + via.Name, From: check.Any, To: "revoked", Call: called}
+	op := check.Op{Object: b.subject, What: "revoke at " + via, From: check.Any, To: "revoked", Call: called}
 	if err != nil {
 		l.op(op) // it may have been made, or be made later
 		b.judged.Add(-1)
 		l.count("revocations without an answer")
-		l.w.note("revoke", map[string]any{"subject": b.subject, "via": via.Name, "err": err.Error(), "took": returned.Sub(called).String()})
+		l.w.note("revoke", map[string]any{"subject": b.subject, "via": via, "err": err.Error(), "took": returned.Sub(called).String()})
 		return false, err
 	}
 	r := check.Revocation{Subject: b.subject, Called: called, Returned: returned, Nodes: info.fenced()}

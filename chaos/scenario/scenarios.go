@@ -19,12 +19,15 @@ type Scenario struct {
 	S3    bool              // recordings go to an S3 server
 	Hooks bool              // needs a binary built with the tag chaos
 	files map[string]string // of the configuration
-	play  func(context.Context, *World) error
+	// prepare, if not nil, changes a node's directory before its first start.
+	prepare func(dataDir string) error
+	play    func(context.Context, *World) error
 }
 
 // Scenarios are all of them, by the names of docs/reliability.md.
 var Scenarios = []Scenario{
 	{Name: "S1", Title: "SIGKILL of the leader during revocations", play: playKillLeader},
+	{Name: "S2", Title: "SIGKILL of the leader between commit and broadcast", Hooks: true, play: playBeforeBroadcast},
 	{Name: "S3", Title: "SIGSTOP of a gateway before, while and after it is told of a revocation", play: playStop},
 	{Name: "S4", Title: "SIGSTOP of the leader for 5 s with requests queued", play: playStopLeader},
 	{Name: "S5", Title: "SIGSTOP of a majority", play: playStopMajority},
@@ -37,6 +40,7 @@ var Scenarios = []Scenario{
 	{Name: "S12", Title: "a follower's disk hangs while another node is down", Hooks: true, play: playHungFollower},
 	{Name: "S13", Title: "syncs take 200 ms longer, on one node and on all", Hooks: true, play: playSlowDisk},
 	{Name: "S14", Title: "disk full: of the databases, and of the spool", play: playFullDisk},
+	{Name: "S15", Title: "torn ends of a log, flipped bits in tables", play: playDamage},
 	{Name: "S18", Title: "wall clocks off by an hour, a clock of another boot", Hooks: true, play: playClock},
 	{Name: "S19", Title: "a node that gets 5 % of a processor", play: playStarve},
 	{Name: "S20", Title: "the cgroup freezer", play: playFreezer},
@@ -45,9 +49,12 @@ var Scenarios = []Scenario{
 	{Name: "S23", Title: "a join and a restart during revocations", play: playJoin},
 	{Name: "S24", Title: "all three nodes replaced, one by one", play: playReplace},
 	{Name: "S25", Title: "a rolling restart, leader first, under load", play: playRolling},
+	{Name: "S26", Title: "rolling upgrade and back, versions mixed", Hooks: true, play: playUpgrade},
 	{Name: "S27", Title: "S3 down, slow, and lying about what it holds", S3: true, play: playS3},
 	{Name: "S28", Title: "quorum lost for 30 s, in each mode of revocation", files: modeRules, play: playNoQuorum},
 	{Name: "S29", Title: "200 ms round trips and 2 % loss", play: playSlow},
+	{Name: "S30", Title: "gossip says dead and the fence's stream lives, and the reverse", Hooks: true, play: playGossip},
+	{Name: "S31", Title: "certificates run out and are renewed; one that cannot be", prepare: shortCertificates, play: playCertificates},
 }
 
 // Find returns the scenario of a name.

@@ -78,6 +78,7 @@ type options struct {
 	gate       string // kernelGate of the nodes
 	recordings string
 	files      map[string]string // of the configuration
+	prepare    func(dataDir string) error
 	log        *log.Logger
 }
 
@@ -111,7 +112,7 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 			return h.Do(cmd.Start)
 		}}
 		p.Env = func() []string {
-			env := []string{"SALLYPORT_CHAOS_DISK=" + w.diskFile(i)}
+			env := []string{diskVar + "=" + w.diskFile(i), pointVar + "=" + w.diskFile(i) + pointEnd, netVar + "=" + w.diskFile(i) + netEnd}
 			if i < len(w.nodes) { // not at the first start
 				env = append(env, w.nodes[i].env...)
 			}
@@ -124,7 +125,7 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 		files[name] = content
 	}
 	w.Cluster, err = cluster.Start(ctx, cluster.Options{
-		Nodes: o.nodes, Binary: o.binary, Files: files, Recordings: o.recordings,
+		Nodes: o.nodes, Binary: o.binary, Files: files, Recordings: o.recordings, Prepare: o.prepare,
 		Place: place, TargetHost: sandbox.Gateway, Log: o.log.Printf,
 		// Each node has a network of its own, and the right to filter in it.
 		ServeArgs: []string{"--kernel-gate=" + o.gate},
@@ -238,7 +239,8 @@ func (w *World) leader(ctx context.Context) (*node, error) {
 	for range 60 {
 		for _, n := range w.up() {
 			var st *api.Status
-			lctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+			// A node that is down is waited for, for 3 s.
+			lctx, cancel := context.WithTimeout(ctx, 8*time.Second)
 			st, err = w.admin(n).Status(lctx)
 			cancel()
 			if err != nil {
@@ -358,7 +360,9 @@ func (w *World) heal(ctx context.Context) error {
 		return err
 	}
 	for _, n := range w.members() {
-		_ = os.Remove(n.disk)
+		for _, end := range []string{"", pointEnd, pointEnd + reachedEnd, netEnd} {
+			_ = os.Remove(n.disk + end)
+		}
 		if n.isStopped() {
 			if err := w.cont(n); err != nil && n.Running() {
 				return err
@@ -484,9 +488,30 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// logs are the events of each member.
+// logs are the events of each member. The cluster stores some by itself, at any
+// time: they are read on until all members have given as many.
 func (w *World) logs(ctx context.Context) (map[string][]api.EventInfo, error) {
 	all := map[string][]api.EventInfo{}
+	for range 20 {
+		if err := w.readLogs(ctx, all); err != nil {
+			return nil, err
+		}
+		lengths := map[int]bool{}
+		for _, log := range all {
+			lengths[len(log)] = true
+		}
+		if len(lengths) == 1 {
+			break
+		}
+		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// readLogs adds to all what each member has and all has not.
+func (w *World) readLogs(ctx context.Context, all map[string][]api.EventInfo) error {
 	for _, n := range w.members() {
 		c := w.admin(n)
 		for {
@@ -496,7 +521,7 @@ func (w *World) logs(ctx context.Context) (map[string][]api.EventInfo, error) {
 			}
 			page, err := c.Events(ctx, next, 0)
 			if err != nil {
-				return nil, fmt.Errorf("events of %s: %w", n.Name, err)
+				return fmt.Errorf("events of %s: %w", n.Name, err)
 			}
 			if len(page) == 0 {
 				break
@@ -504,5 +529,5 @@ func (w *World) logs(ctx context.Context) (map[string][]api.EventInfo, error) {
 			all[n.Name] = append(all[n.Name], page...)
 		}
 	}
-	return all, nil
+	return nil
 }
