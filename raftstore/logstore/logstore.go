@@ -348,10 +348,24 @@ func (s *Store) DeleteRange(lo, hi uint64) error {
 		s.last.Store(0)
 	case lo <= first:
 		return s.findFirst(hi + 1)
-	case hi >= last:
-		s.last.Store(lo - 1)
+	case lo <= last && hi >= last:
+		return s.findLast(lo)
 	}
 	return nil
+}
+
+// findLast looks for the newest entry before index: there may be a gap in front
+// of it.
+func (s *Store) findLast(index uint64) error {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{prefixLog}, UpperBound: logKey(index)})
+	if err != nil {
+		return fmt.Errorf("find the newest log entry: %w", err)
+	}
+	defer it.Close()
+	if it.Last() {
+		s.last.Store(binary.BigEndian.Uint64(it.Key()[1:]))
+	}
+	return it.Error()
 }
 
 // findFirst looks for the oldest entry from index on: after an installed
