@@ -636,8 +636,26 @@ func (n *Node) Terminate(ctx context.Context) error {
 	}
 }
 
-// Pause stops the node's process where it is (SIGSTOP); Continue lets it go on.
-func (n *Node) Pause() error { return n.signal(syscall.SIGSTOP) }
+// Pause stops the process (SIGSTOP), and returns when it stands.
+func (n *Node) Pause() error {
+	if err := n.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	stat := fmt.Sprintf("/proc/%d/stat", n.process().cmd.Process.Pid)
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(stat)
+		if err != nil {
+			return err
+		}
+		// proc(5): the state comes after the name, which is in parentheses.
+		if i := strings.LastIndexByte(string(b), ')'); i >= 0 && strings.HasPrefix(string(b[i:]), ") T") {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("node %s does not stand: %s", n.Name, b)
+		}
+	}
+}
 
 // Continue ends a Pause.
 func (n *Node) Continue() error { return n.signal(syscall.SIGCONT) }

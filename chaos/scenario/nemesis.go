@@ -99,8 +99,8 @@ func playFreezer(ctx context.Context, w *World) error {
 		}
 		w.fault("freeze %s", n.Name)
 		n.began(&n.stopped)
-		n.began(&n.silent)
 		err = f.set(true)
+		n.began(&n.silent)
 		if err == nil {
 			w.revokeSome(ctx, 2)
 		}

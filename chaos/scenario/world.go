@@ -314,8 +314,9 @@ func (w *World) start(n *node) error {
 func (w *World) pause(n *node) error {
 	w.fault("stop %s (SIGSTOP)", n.Name)
 	n.began(&n.stopped)
-	n.began(&n.silent)
-	return n.Pause()
+	err := n.Pause()
+	n.began(&n.silent) // not before: until it stands it may still answer
+	return err
 }
 
 func (w *World) cont(n *node) error {
@@ -334,8 +335,9 @@ const settle = 250 * time.Millisecond
 // isolate cuts n off from all others, both ways; its clients reach it.
 func (w *World) isolate(n *node) error {
 	w.fault("cut %s off", n.Name)
-	n.began(&n.silent)
-	return sandbox.Part([]*sandbox.Host{n.host}, w.hostsBut(n))
+	err := sandbox.Part([]*sandbox.Host{n.host}, w.hostsBut(n))
+	n.began(&n.silent) // not before: the filters of all hosts take a moment
+	return err
 }
 
 func (w *World) rejoin(n *node) error {
