@@ -166,33 +166,42 @@ func (l *Lease) Terminate(ctx context.Context) error {
 }
 
 // terminate ends every backend of role and waits until they are gone: a backend
-// takes about a millisecond to end, and a revocation waits for it. Between looks
-// the connection is free for others: a revocation ends many at once.
+// takes about a millisecond to end, and a revocation waits for it. So the first
+// word is said without a look, and the look comes a millisecond after it, in two
+// round trips together. Between looks the connection is free for others: a
+// revocation ends many at once.
 func (i *Issuer) terminate(ctx context.Context, t *TargetConfig, role string) error {
 	ctx, cancel := context.WithTimeout(ctx, terminateTimeout+dialTimeout)
 	defer cancel()
 	deadline := time.Now().Add(terminateTimeout)
-	for wait := time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
-		var pids []uint32
-		err := i.with(ctx, t, t.AdminDatabase, urgent, func(ctx context.Context, c *pgx.Conn) (err error) {
-			if pids, err = backends(ctx, c, role); err != nil || len(pids) == 0 {
+	for wait := 2 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		var left []string
+		err := i.with(ctx, t, t.AdminDatabase, urgent, func(ctx context.Context, c *pgx.Conn) error {
+			if wait < 4*time.Millisecond || wait > 16*time.Millisecond { // else it was told a moment ago
+				// As the role itself: a process id that meanwhile belongs to
+				// somebody else is not ours to signal, and PostgreSQL sees to it.
+				err := asRole(ctx, c, role, "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = "+literal(role))
+				if err != nil {
+					return err
+				}
+			}
+			results, err := c.PgConn().Exec(ctx, "SELECT pg_catalog.pg_sleep(0.001); SELECT pid FROM pg_catalog.pg_stat_activity WHERE usename = "+literal(role)).ReadAll()
+			if err != nil {
 				return err
 			}
-			if wait > time.Millisecond && wait < 16*time.Millisecond {
-				return nil // told a moment ago
+			for _, row := range results[len(results)-1].Rows {
+				left = append(left, string(row[0]))
 			}
-			// As the role itself: a process id that meanwhile belongs to
-			// somebody else is not ours to signal, and PostgreSQL sees to it.
-			return asRole(ctx, c, role, "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = "+literal(role))
+			return nil
 		})
 		if err != nil {
 			return err
 		}
-		if len(pids) == 0 {
+		if len(left) == 0 {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("backends %v of %s were told to end and are still there after %s", pids, role, terminateTimeout)
+			return fmt.Errorf("backends %v of %s were told to end and are still there after %s", left, role, terminateTimeout)
 		}
 		select {
 		case <-ctx.Done():
