@@ -269,6 +269,15 @@ func TestLeaderChange(t *testing.T) {
 	if nodes[0].holds() {
 		t.Error("a lease given back passes checks")
 	}
+	eventually(t, "the goodbye arrives", func() bool {
+		for _, l := range nodes[1].grantor.Leases() {
+			if l.Node == nodes[0].name {
+				return !l.Connected
+			}
+		}
+		return false
+	})
+	nodes[0].net.Cut.Store(true) // it says nothing more, of what follows neither
 	nodes[1].grantor.Revoked(revocation(11, "z"))
 	eventually(t, "the goodbye counts", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
