@@ -70,6 +70,7 @@ build: ## build bin/sallyport
 test: test-deps $(CACHE)/versitygw build ## everything, on real PostgreSQL and S3, with the race detector; a brief fuzz at the end
 	$(pure) go vet $(PKG)
 	$(with_binary) go test -race -timeout 15m -p 2 $(PKG)
+	$(if $(filter ./...,$(PKG)),$(pure) go test -count=1 -v -run '^TestSimulation$$' ./raftstore | grep -v level=)
 	$(if $(filter ./...,$(PKG)),.ci/fuzz.sh 10s $(BRIEF_FUZZ))
 
 .PHONY: test-large
