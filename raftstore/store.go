@@ -626,15 +626,17 @@ func (s *Store) Close() error {
 
 	stopped := make(chan error, 1)
 	go func() { stopped <- s.leave() }()
+	broken := s.fatal.c
 	var patience <-chan time.Time
-	if s.Err() != nil {
-		patience = time.After(closeTimeout)
-	}
-	select {
-	case err := <-stopped:
-		return errors.Join(err, s.logs.Close(), s.state.Close())
-	case <-patience:
-		return fmt.Errorf("the event store's disk hangs: %w", s.Err())
+	for {
+		select {
+		case err := <-stopped:
+			return errors.Join(err, s.logs.Close(), s.state.Close())
+		case <-broken: // before, or while we wait: what has failed does not return
+			broken, patience = nil, time.After(closeTimeout)
+		case <-patience:
+			return fmt.Errorf("the event store's disk hangs: %w", s.Err())
+		}
 	}
 }
 

@@ -69,6 +69,64 @@ func TestFullDiskAtEveryWrite(t *testing.T) {
 	}
 }
 
+// breaks is a disk on which one kind of operation fails for WALs, kept ones
+// included, once it is armed.
+type breaks struct {
+	kind  errorfs.OpKind
+	armed atomic.Bool
+	met   atomic.Int64
+}
+
+func (b *breaks) MaybeError(op errorfs.Op) error {
+	if b.armed.Load() && op.Kind == b.kind && (strings.HasSuffix(op.Path, walSuffix) || strings.Contains(op.Path, sparePrefix)) {
+		b.met.Add(1)
+		return syscall.EIO
+	}
+	return nil
+}
+
+func (b *breaks) String() string { return fmt.Sprint("breaks at ", b.kind) }
+
+// A WAL that cannot be made of a kept one, or opened, is a failed write, too:
+// the owner hears it, and Pebble, which would panic in the middle of a commit,
+// does not.
+func TestWALThatCannotBeMade(t *testing.T) {
+	for name, kind := range map[string]errorfs.OpKind{"rename": errorfs.OpRename, "open": errorfs.OpOpen} {
+		t.Run(name, func(t *testing.T) {
+			broken := &breaks{kind: kind}
+			fs := errorfs.Wrap(vfs.NewMem(), broken)
+			// The first opening leaves WALs to be kept.
+			for range 3 {
+				if _, err := untilFull(fs, Config{}, 24); err != nil {
+					t.Fatal(err)
+				}
+			}
+			fatal := make(chan error, 1)
+			s, err := Open(Config{Dir: "log", FS: fs, Log: slog.New(slog.DiscardHandler), OnFatal: func(err error) { fatal <- err }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			broken.armed.Store(true)
+			go func() { // parked for ever
+				for i := uint64(1); i <= 4096; i++ {
+					if s.StoreLog(&raft.Log{Index: i, Term: 1, Data: large}) != nil {
+						return
+					}
+				}
+			}()
+			select {
+			case err := <-fatal:
+				if !errors.Is(err, syscall.EIO) {
+					t.Fatal(err)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatalf("nobody was told; it was met %d times", broken.met.Load())
+			}
+			_ = s.Close()
+		})
+	}
+}
+
 // untilFull stores entries until one is not stored, and returns the last that
 // was, with what the owner heard, or Open said.
 func untilFull(fs vfs.FS, cfg Config, last uint64) (acked uint64, err error) {

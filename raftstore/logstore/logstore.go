@@ -150,9 +150,14 @@ func (cfg *Config) options(l *disk.Logger) (*pebble.Options, error) {
 		o.WALFailover.UnhealthyOperationLatencyThreshold = func() (time.Duration, bool) { return walFailoverAfter, true }
 		return o, cfg.FS.MkdirAll(cfg.WALFailoverDir, 0o700)
 	}
-	var err error
-	o.FS, err = newSpareFS(o.FS, dir)
-	return o, err
+	// Under the guard: zeros that find no room are not a write that failed, and a
+	// WAL that cannot be made of a spare one is.
+	spares, err := newSpareFS(cfg.FS, dir)
+	if err != nil {
+		return nil, err
+	}
+	o.FS = disk.Guard(spares, l)
+	return o, nil
 }
 
 func (s *Store) load() error {

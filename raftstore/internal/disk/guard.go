@@ -81,8 +81,9 @@ const (
 )
 
 // headroom is what both databases may write before a compaction gives room
-// back: four memtables of 32 MiB and four of 16, as WAL and as tables, and some.
-const headroom = 512 << 20
+// back: four memtables of 64 MiB and four of 32, as WAL and as tables, and the
+// WALs that are kept to be written again, some 450 MiB.
+const headroom = 1536 << 20
 
 // describe says what failed and, when the disk is full, what to do.
 func (g *guard) describe(op, dir, path string, err error) error {
