@@ -55,6 +55,9 @@ func (a *audit) begin(now time.Time) error {
 	}
 	w, err := a.spool.Begin(recording.Header{Session: "node-" + a.node + "-" + newSessionID(), Kind: "node", Started: now, Labels: map[string]string{"version": a.version}})
 	if err != nil {
+		if !failed.IsZero() {
+			a.mu.failed = now // not at each call
+		}
 		return err
 	}
 	if a.mu.w != nil && failed.IsZero() {

@@ -49,7 +49,7 @@ func TestNothingIsDecidedFromGossip(t *testing.T) {
 		"../cmd/sallyport heard": true,
 	}
 	for u := range uses {
-		if !allowed[u] {
+		if !allowed[u] && !strings.HasPrefix(u, "../chaos/") { // which looks whether it is so
 			t.Errorf("%s uses the gossip: it is a hint for the status, and nothing is decided from it", u)
 		}
 	}

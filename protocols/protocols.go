@@ -100,8 +100,8 @@ type Access struct {
 	Credential func(ctx context.Context) (Lease, error)
 	// OnCut registers what the node calls when it cuts the session: reset both
 	// legs so that blocked reads and writes return at once. Called at most
-	// once per cut, after Fence.Check has begun to fail and after the target
-	// was told to stop.
+	// once per cut, after Fence.Check has begun to fail. It returns when both are,
+	// and what ran at the target has ended, or some seconds later.
 	OnCut func(reset func())
 	// OnFreeze, if not nil, registers what the node calls when the session is
 	// to stop: writes that wait for their peer return to Fence.Enter.

@@ -562,17 +562,21 @@ func (c *Channel) deliver(run []byte, partial bool) error {
 	if len(b) == 0 {
 		return nil
 	}
-	if !r.locked {
+	inside := r.locked // a frame that was begun before
+	if !inside {
 		if err := c.s.lockClient(); err != nil {
 			return err
 		}
 	}
+	if err := c.s.enter(); err != nil {
+		if !inside { // nothing of it was written: the client can be told why
+			c.s.unlockClient()
+		}
+		return err
+	}
 	r.locked = partial
 	if !partial {
 		defer c.s.unlockClient()
-	}
-	if err := c.s.enter(); err != nil {
-		return err
 	}
 	c.renewClient.renew(c.s.Client)
 	n, err := c.s.Client.Write(b)

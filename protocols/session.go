@@ -38,6 +38,9 @@ type Session struct {
 	// torn is closed when the client was left inside a frame, and nobody will
 	// complete it: there is no place for last words.
 	torn chan struct{}
+	// halted is closed when what a cut session ran at its target has ended, or
+	// was given up.
+	halted chan struct{}
 	// gone is closed when the session is cut or ended.
 	gone   chan struct{}
 	goOnce sync.Once
@@ -129,7 +132,7 @@ func (s *Session) enter() error {
 func (s *Session) init() {
 	if s.gone == nil {
 		s.gone = make(chan struct{})
-		s.torn = make(chan struct{})
+		s.torn, s.halted = make(chan struct{}), make(chan struct{})
 		s.sending = make(chan struct{}, 1)
 		s.legs = append(s.legs, s.Client)
 	}
@@ -220,6 +223,7 @@ func (s *Session) Cut(why *Refusal) {
 	if !s.cut.CompareAndSwap(nil, why) {
 		<-s.gone // whoever was first resets, or has
 		s.reset()
+		<-s.halted
 		return
 	}
 	s.interrupt()
@@ -229,11 +233,12 @@ func (s *Session) Cut(why *Refusal) {
 	}
 	lease := s.lease
 	s.lateMu.Unlock()
-	if lease != nil { // beside what follows
-		told := make(chan struct{})
-		defer func() { <-told }()
-		go func() {
-			defer close(told)
+	defer func() { <-s.halted }()
+	if lease == nil {
+		close(s.halted)
+	} else {
+		go func() { // beside what follows
+			defer close(s.halted)
 			ctx, cancel := context.WithTimeout(context.Background(), killWait)
 			defer cancel()
 			if err := lease.Terminate(ctx); err != nil {
