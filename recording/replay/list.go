@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/format"
 )
@@ -22,7 +24,8 @@ type Filter struct {
 	Kind     string // "session" or "node"
 	Subject  string
 	Target   string
-	// Match is asked last; nil selects all. It must not change the header.
+	// Match is asked last, by several goroutines; nil selects all. It must not
+	// change the header.
 	Match func(*recording.Header) bool
 }
 
@@ -51,44 +54,93 @@ type Summary struct {
 	Err      error             // why header or trailer cannot be read; Header may be empty
 }
 
+const (
+	listReaders = 16  // recordings whose header and trailer are read at a time
+	listBatch   = 512 // recordings that are read before fn is told of them in order
+)
+
 // List calls fn for the recordings that f selects, by day and then by
 // session. One whose header cannot be read is passed whatever f says.
 func List(ctx context.Context, store recording.Store, f Filter, fn func(Summary) error) error {
-	return groups(ctx, store, f.From, f.To, func(g *group) error {
+	batch := make([]*group, 0, listBatch)
+	flush := func() error {
+		found := make([]*Summary, len(batch))
+		eg, ectx := errgroup.WithContext(ctx)
+		eg.SetLimit(listReaders)
+		for i, g := range batch {
+			eg.Go(func() (err error) {
+				found[i], err = summarize(ectx, store, f, g)
+				return err
+			})
+		}
+		batch = batch[:0]
+		if err := eg.Wait(); err != nil {
+			return err
+		}
+		for _, s := range found {
+			if s == nil {
+				continue
+			}
+			if err := fn(*s); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	stopped := false
+	err := groups(ctx, store, f.From, f.To, func(g *group) error {
 		if g.prefix == "" {
 			return nil
 		}
-		s := Summary{Name: g.name(), Segments: len(g.segments), Written: g.written}
-		h, err := getHeader(ctx, store, g.prefix)
-		if err != nil {
-			if !isContent(err) {
-				return err
-			}
-			s.Err = err
-			s.Header.Session = g.session()
-			return fn(s)
-		}
-		s.Header = h.Header
-		if !f.matches(&s.Header) {
+		if batch = append(batch, g); len(batch) < listBatch {
 			return nil
 		}
-		if g.trailer {
-			b, err := store.Get(ctx, g.prefix+recording.TrailerName)
-			if err != nil && !isContent(err) {
-				return err
-			}
-			var t *format.Trailer
-			if err == nil {
-				t, err = format.ParseTrailer(b)
-			}
-			if err != nil {
-				s.Err = fmt.Errorf("trailer: %w", err)
-			} else {
-				s.Ending, s.Entries = &t.Ending, t.Entries
-			}
-		}
-		return fn(s)
+		err := flush()
+		stopped = errors.Is(err, recording.ErrStop)
+		return err
 	})
+	if err != nil || stopped {
+		return err
+	}
+	if err := flush(); !errors.Is(err, recording.ErrStop) {
+		return err
+	}
+	return nil
+}
+
+// summarize reads what a list tells of a recording; nil when f does not select
+// it.
+func summarize(ctx context.Context, store recording.Store, f Filter, g *group) (*Summary, error) {
+	s := &Summary{Name: g.name(), Segments: len(g.segments), Written: g.written}
+	h, err := getHeader(ctx, store, g.prefix)
+	if err != nil {
+		if !isContent(err) {
+			return nil, err
+		}
+		s.Err = err
+		s.Header.Session = g.session()
+		return s, nil
+	}
+	s.Header = h.Header
+	if !f.matches(&s.Header) {
+		return nil, nil
+	}
+	if g.trailer {
+		b, err := store.Get(ctx, g.prefix+recording.TrailerName)
+		if err != nil && !isContent(err) {
+			return nil, err
+		}
+		var t *format.Trailer
+		if err == nil {
+			t, err = format.ParseTrailer(b)
+		}
+		if err != nil {
+			s.Err = fmt.Errorf("trailer: %w", err)
+		} else {
+			s.Ending, s.Entries = &t.Ending, t.Entries
+		}
+	}
+	return s, nil
 }
 
 func getHeader(ctx context.Context, store recording.Store, prefix string) (*format.Header, error) {

@@ -98,6 +98,11 @@ type Result struct {
 	Lost     int64  // bytes the node found torn after a crash, as its trailer says
 	Failed   string // why the node could record no further, as its trailer says
 	Problems []Problem
+	// Believed says that the header is the node's. Read sets it.
+	Believed bool
+	// Certificates are those that objects were signed with, or say they were, the
+	// header's first.
+	Certificates []*x509.Certificate
 }
 
 // Verified says whether the recording is complete and as its node wrote it.
@@ -132,7 +137,7 @@ func (r *Report) OK() bool {
 
 const (
 	maxProblems     = 10_000
-	verifyInFlight  = 4 // recordings at a time; each holds one segment, decompressed
+	verifyInFlight  = 8 // recordings at a time; each holds one segment, decompressed, and the object of the next
 	maxChainEntries = 10_000_000
 )
 
@@ -320,6 +325,9 @@ type check struct {
 	res   Result
 	// each, when not nil, gets the entries of segments that are as signed.
 	each func(*recording.Entry) error
+	// want, when not nil, is asked about a valid header; its no ends the check
+	// with recording.ErrStop.
+	want func(*recording.Header) bool
 	// strict ends the check at the first problem, with it as error.
 	strict bool
 
@@ -329,8 +337,9 @@ type check struct {
 	prev     format.Hash // of the object before
 	prevName string      // "" when nothing can be said of what follows it
 	tree     *format.Tree
-	suspect  *Problem // the object before has a wrong signature: altered, or, when what follows names its hash, forged
-	forged   bool     // one was
+	ahead    <-chan fetched // the next segment; nil: it is not being fetched
+	suspect  *Problem       // the object before has a wrong signature: altered, or, when what follows names its hash, forged
+	forged   bool           // one was
 }
 
 func newCheck(store recording.Store, trust Trust, g *group) *check {
@@ -351,10 +360,35 @@ func (c *check) problem(k Kind, object, text string, args ...any) error {
 	return nil
 }
 
-// get reads an object. A nil slice without error: it is not what it should be,
-// which is reported.
-func (c *check) get(ctx context.Context, name string) ([]byte, error) {
-	b, err := c.store.Get(ctx, c.g.prefix+name)
+// fetched is an object that was read ahead.
+type fetched struct {
+	b   []byte
+	err error
+}
+
+// fetch reads an object while the one before it is checked: reading and
+// checking take about as long.
+func (c *check) fetch(ctx context.Context, wg *sync.WaitGroup, name string) <-chan fetched {
+	got := make(chan fetched, 1)
+	key := c.g.prefix + name
+	wg.Go(func() {
+		b, err := c.store.Get(ctx, key)
+		got <- fetched{b, err}
+	})
+	return got
+}
+
+// get reads an object, or takes it from where it was read ahead. A nil slice
+// without error: it is not what it should be, which is reported.
+func (c *check) get(ctx context.Context, name string, ahead <-chan fetched) ([]byte, error) {
+	var b []byte
+	var err error
+	if ahead != nil {
+		f := <-ahead
+		b, err = f.b, f.err
+	} else {
+		b, err = c.store.Get(ctx, c.g.prefix+name)
+	}
 	switch {
 	case errors.Is(err, recording.ErrTooLarge):
 		return nil, c.problem(Altered, name, "is larger than any object of a recording")
@@ -422,6 +456,9 @@ func (c *check) run(ctx context.Context) error {
 	if err := c.checkHeader(ctx); err != nil || c.header == nil {
 		return err
 	}
+	if c.valid && c.want != nil && !c.want(&c.header.Header) {
+		return recording.ErrStop
+	}
 	t, signed, err := c.getTrailer(ctx)
 	if err != nil {
 		return err
@@ -430,14 +467,22 @@ func (c *check) run(ctx context.Context) error {
 		return c.problem(Altered, recording.TrailerName, wrongSignature)
 	}
 	want := uint64(1) // next segment
-	for _, n := range c.g.segments {
+	ctx, cancel := context.WithCancel(ctx)
+	var ahead sync.WaitGroup
+	defer ahead.Wait()
+	defer cancel()
+	for i, n := range c.g.segments {
 		if signed && n > t.Segments {
 			break
 		}
 		if err := c.gap(want, n); err != nil {
 			return err
 		}
-		if err := c.checkSegment(ctx, n); err != nil {
+		got := c.ahead
+		if c.ahead = nil; i+1 < len(c.g.segments) {
+			c.ahead = c.fetch(ctx, &ahead, recording.SegmentName(c.g.segments[i+1]))
+		}
+		if err := c.checkSegment(ctx, n, got); err != nil {
 			return err
 		}
 		want = n + 1
@@ -480,7 +525,7 @@ func (c *check) gap(want, n uint64) error {
 
 func (c *check) checkHeader(ctx context.Context) error {
 	const name = recording.HeaderName
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, nil)
 	if b == nil {
 		return err
 	}
@@ -492,6 +537,7 @@ func (c *check) checkHeader(ctx context.Context) error {
 	c.prev, c.prevName = c.hash, name
 	c.res.Header = &h.Header
 	c.valid = true
+	c.res.Certificates = append(c.res.Certificates, h.Certificate)
 	if err := c.trust.check(h.Certificate, h.Node, h.Started); err != nil {
 		c.valid = false
 		if err := c.problem(UnknownSigner, name, "%v", err); err != nil {
@@ -520,6 +566,9 @@ func (c *check) signer(name string, continued *x509.Certificate) (*x509.Certific
 	if err := c.trust.check(continued, c.header.Node, continued.NotBefore); err != nil {
 		return nil, c.problem(UnknownSigner, name, "%v", err)
 	}
+	if !slices.ContainsFunc(c.res.Certificates, continued.Equal) {
+		c.res.Certificates = append(c.res.Certificates, continued)
+	}
 	return continued, nil
 }
 
@@ -532,9 +581,10 @@ func (c *check) follows(name string, prev format.Hash) error {
 	return nil
 }
 
-func (c *check) checkSegment(ctx context.Context, n uint64) error {
+// checkSegment checks segment n, which is being fetched when got is not nil.
+func (c *check) checkSegment(ctx context.Context, n uint64, got <-chan fetched) error {
 	name := recording.SegmentName(n)
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, got)
 	if b == nil {
 		c.prevName, c.tree = "", nil
 		return errors.Join(err, c.settle(nil, false))
@@ -622,7 +672,7 @@ func (c *check) getTrailer(ctx context.Context) (t *format.Trailer, signed bool,
 	if !c.g.trailer {
 		return nil, false, nil
 	}
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, nil)
 	if b == nil {
 		return nil, false, err
 	}
