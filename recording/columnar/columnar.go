@@ -54,6 +54,14 @@ func NewWriter[T any](w io.Writer, meta map[string]string) *Writer[T] {
 		parquet.MaxRowsPerRowGroup(rowGroup),
 		parquet.PageBufferSize(pageBytes),
 		parquet.CreatedBy("sallyport", "1", ""),
+		// Statistics hold the least and the greatest value of each page, whole and
+		// several times: with values of some kilobytes most of the file, in places
+		// where readers rightly expect little.
+		parquet.DataPageStatistics(false),
+	}
+	var zero T
+	for _, path := range parquet.SchemaOf(zero).Columns() {
+		o = append(o, parquet.SkipPageBounds(path...))
 	}
 	for _, k := range slices.Sorted(maps.Keys(meta)) {
 		o = append(o, parquet.KeyValueMetadata(k, meta[k]))

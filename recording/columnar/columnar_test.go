@@ -78,6 +78,34 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// TestLongValues: what is written can be read, however long its values are, and
+// the file does not hold them several times.
+func TestLongValues(t *testing.T) {
+	for _, n := range []int{1 << 10, 16 << 10, 1 << 20, 4 << 20} {
+		long := make([]byte, n)
+		x := uint32(1)
+		for i := range long { // does not compress
+			x = x*1664525 + 1013904223
+			long[i] = byte(x >> 24)
+		}
+		b := mustWrite(t, []row{{Name: "a", Bits: long}, {Name: strings.Repeat("b", n), Tags: []string{string(long)}}})
+		if len(b) > 3*n+8192 {
+			t.Errorf("a file of %d bytes for values of %d", len(b), n)
+		}
+		i := 0
+		err := columnar.Read(b, limits, func(r *row) error {
+			if i == 0 && !bytes.Equal(r.Bits, long) || i == 1 && (len(r.Name) != n || r.Tags[0] != string(long)) {
+				t.Errorf("row %d came back otherwise", i)
+			}
+			i++
+			return nil
+		})
+		if err != nil || i != 2 {
+			t.Errorf("%d bytes: %d rows, %v", n, i, err)
+		}
+	}
+}
+
 // TestRefuses: files that the library would read, or try to, at any cost.
 func TestRefuses(t *testing.T) {
 	write := func(o ...parquet.WriterOption) []byte {
@@ -173,9 +201,9 @@ func FuzzRead(f *testing.F) {
 // TestReadsAsTheLibrary: what is read of a file is what the library reads.
 func TestReadsAsTheLibrary(t *testing.T) {
 	in := rows(11_000)
-	for i := range in { // lists that cross the ends of pages
+	for i := range in { // lists that are longer than a page
 		if i%1000 == 7 {
-			for j := range 3000 {
+			for j := range 9000 {
 				in[i].Tags = append(in[i].Tags, fmt.Sprint(strings.Repeat("long", 20), j))
 			}
 		}

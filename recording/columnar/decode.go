@@ -126,19 +126,20 @@ func (r *columnReader) lists(page []byte, n int) error {
 	text := string(rest)
 	values := rest
 	var cur []string
-	if r.row >= 0 { // a page may begin within a list
-		cur, _ = r.rows.Index(r.row).Field(r.field).Interface().([]string)
+	var field reflect.Value
+	keep := func() {
+		if len(cur) > 0 {
+			field.Set(reflect.ValueOf(cur))
+		}
+		cur = nil
 	}
 	for i := range n {
 		if repetition[i] == 0 {
-			if err := r.set(cur); err != nil {
+			keep()
+			if field, err = r.next(); err != nil {
 				return err
 			}
-			cur = nil
-			if _, err := r.next(); err != nil {
-				return err
-			}
-		} else if r.row < 0 || len(cur) == 0 {
+		} else if len(cur) == 0 { // pages of Writer end with a row
 			return refuse("a list without a beginning")
 		}
 		if definition[i] == 0 {
@@ -158,14 +159,7 @@ func (r *columnReader) lists(page []byte, n int) error {
 	if len(values) != 0 {
 		return refuse("a page with more values than it says")
 	}
-	return r.set(cur)
-}
-
-// set stores the list of the row that was begun last.
-func (r *columnReader) set(list []string) error {
-	if r.row >= 0 && list != nil {
-		r.rows.Index(r.row).Field(r.field).Set(reflect.ValueOf(list))
-	}
+	keep()
 	return nil
 }
 
