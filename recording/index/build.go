@@ -50,6 +50,7 @@ func Build(ctx context.Context, store recording.Store, o BuildOptions) (*BuildRe
 	if o.Trust.Roots == nil {
 		return nil, errors.New("recording: indexing needs the cluster's CA certificate")
 	}
+	o.Trust.Remember()
 	rep := &BuildReport{}
 	done := 0
 	err := days(ctx, store, o.From, o.To, func(day string, items []replay.Item) error {

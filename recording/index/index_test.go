@@ -329,7 +329,11 @@ func TestHostileIndex(t *testing.T) {
 			}},
 		{name: "a live session's row", do: func(t *testing.T, w *world) {
 			rows := w.rows(day)
-			rows = append(rows, index.Row{Name: day + "/b1", Objects: 2})
+			it, err := replay.Find(t.Context(), w.store, "b1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			rows = append(rows, index.Row{Name: it.Name(), Objects: int32(it.Objects()), Bytes: it.Bytes()})
 			w.replace(day, index.Encode(t, day, 1, nil, rows))
 		}, check: func(s *index.Stats, _ []*index.Hit) bool { return s.Scanned == 1 }},
 		{name: "the file of another day", do: func(t *testing.T, w *world) {

@@ -101,6 +101,7 @@ func Search(ctx context.Context, store recording.Store, q Query, o Options, each
 	if o.Limit == 0 {
 		o.Limit = defaultHits
 	}
+	o.Trust.Remember()
 	s := &searcher{store: store, q: &q, o: o, each: each, stats: &Stats{}}
 	from, to := q.days()
 	err := days(ctx, store, from, to, func(day string, items []replay.Item) error {
