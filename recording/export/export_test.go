@@ -58,9 +58,9 @@ func newWorld(t *testing.T) *world {
 		recorder.Statement(2, "DROP TABLE orders", "refuse", "no-drop", "postgres:drop_table prod.shop.public.orders"),
 		[]recording.Entry{
 			{Type: recording.Command, Op: 3, Verb: "Query", Text: []byte("INSERT \xff")},
-			{Type: recording.Decided, Op: 3, Effect: "hold", Rule: "r" + evil, Reason: evil, Actions: []string{"postgres:insert prod.shop.public.a", "postgres:truncate prod.shop.public.b"}},
+			{Type: recording.Decided, Op: 3, Effect: "hold", Rule: "r" + evil, Reason: evil, Actions: []string{"postgres:truncate prod.shop.public.b", "postgres:insert prod.shop.public.a"}},
 			{Type: recording.Approval, Op: 3, Effect: "granted", Actor: "sso/" + evil, Approval: "abc"},
-			{Type: recording.Decided, Op: 3, Effect: "permit", Rule: "ci-work", Actions: []string{"postgres:insert prod.shop.public.a", "postgres:truncate prod.shop.public.b"}},
+			{Type: recording.Decided, Op: 3, Effect: "permit", Rule: "ci-work", Actions: []string{"postgres:truncate prod.shop.public.b", "postgres:insert prod.shop.public.a"}},
 			{Type: recording.Outcome, Op: 3, Effect: "error", Reason: evil, Duration: time.Second},
 			{Type: recording.Note, Reason: evil, Detail: map[string]string{evil: evil}},
 		})
@@ -232,8 +232,12 @@ func TestAsciicast(t *testing.T) {
 			}
 			now = when
 			text := ev[2].(string)
-			if strings.Contains(strings.ReplaceAll(text, "\r\n", ""), "\n") {
+			plain := strings.ReplaceAll(text, "\r\n", "\n")
+			if strings.Count(text, "\n") != strings.Count(text, "\r\n") {
 				t.Errorf("%s: a line does not begin at its beginning: %q", f, text)
+			}
+			if terminal.EscapeString(plain) != plain {
+				t.Errorf("%s: a player's terminal would act on %q", f, text)
 			}
 			for _, part := range []string{"SELECT", "DROP", "ended"} {
 				if strings.Contains(text, part) && at[part] == 0 {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/sallyport/sallyport/recording"
+	"github.com/sallyport/sallyport/recording/format"
 	"github.com/sallyport/sallyport/recording/recordingtest"
 	"github.com/sallyport/sallyport/recording/spool"
 )
@@ -128,11 +129,17 @@ func TestTailDoesNotTrustTheStore(t *testing.T) {
 	if p, err := s.Tail(ctx, "s", spool.Cursor{}, 10, 1<<20); err != nil || len(p.Entries) != 4 {
 		t.Fatal(p, err)
 	}
-	b, err := os.ReadFile(first)
+	// Well formed in every way, but for who signed it.
+	frames, err := format.AppendEntry(nil, &recording.Entry{LSN: 1, Type: recording.Note, Reason: "nothing happened"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b[len(b)/2] ^= 1
+	var tree format.Tree
+	tree.Add(format.LeafHash(frames[8:]))
+	b, err := format.SealSegment(format.SegmentMeta{Session: "s", Number: 1, First: 1, Last: 1}, &tree, frames, ca.Node(t, "n1").Key)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(first, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
