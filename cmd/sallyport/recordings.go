@@ -28,6 +28,9 @@ type storeFlags struct {
 	store string
 }
 
+// location is where the store is; "" for the API of a node.
+func (s *storeFlags) location() string { return first(s.store, os.Getenv("SALLYPORT_STORE")) }
+
 func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, error) {
 	set, err := s.resolve()
 	if err != nil {
@@ -38,7 +41,7 @@ func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, e
 		return nil, replay.Trust{}, errors.New("whose signatures count? Give the cluster's CA certificate with --ca or SALLYPORT_CA; get it from somewhere else than the store")
 	}
 	trust := replay.Trust{Roots: roots, CheckNode: pki.CheckNode}
-	location := first(s.store, os.Getenv("SALLYPORT_STORE"))
+	location := s.location()
 	if location == "" {
 		cl, err := set.client()
 		if err != nil {

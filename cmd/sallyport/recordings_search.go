@@ -281,6 +281,9 @@ It needs to write to the store. Who may not keeps an index of his own with
 			if o.From, o.To, err = times.parse(); err != nil {
 				return err
 			}
+			if s.location() == "" && dir == "" && !o.Check {
+				return usageError{errors.New("a node writes nothing for others: give --store, or keep the index in a directory with --index-dir")}
+			}
 			store, trust, err := s.open(cmd.Context())
 			if err != nil {
 				return err
