@@ -467,3 +467,35 @@ func (w *world) replace(day string, b []byte) {
 		w.t.Fatal(err)
 	}
 }
+
+// TestSeveralDays: all days of a store are listed, each once and in order, and
+// those alone that are asked for.
+func TestSeveralDays(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	day := func(back int) string { return started.AddDate(0, 0, -back).Format("2006/01/02") }
+	for back := 1; back <= 9; back++ {
+		w.put("sessions/"+day(back)+"/old/header", []byte("not one"))
+	}
+	w.put("sessions/notes", []byte("of no day"))
+	for _, c := range []struct {
+		q    index.Query
+		want int // days before today
+	}{
+		{index.Query{}, 9},
+		{index.Query{From: started.AddDate(0, 0, -4)}, 6}, // and two in which it can have begun
+		{index.Query{To: started.AddDate(0, 0, -4)}, 6},
+	} {
+		_, st := w.search(c.q, w.store)
+		var broken []string
+		for _, n := range st.Broken {
+			broken = append(broken, n[:len("2006/01/02")])
+		}
+		if len(broken) != c.want || !slices.IsSorted(broken) || len(slices.Compact(broken)) != c.want {
+			t.Errorf("%+v looks at %q", c.q, st.Broken)
+		}
+	}
+	days, err := replay.Days(t.Context(), w.store, started.AddDate(0, 0, -3), started.AddDate(0, 0, -2))
+	if err != nil || !slices.Equal(days, []string{day(3), day(2)}) {
+		t.Error(days, err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -115,34 +116,72 @@ func Search(ctx context.Context, store recording.Store, q Query, o Options, each
 
 var errLimit = errors.New("recording: as many hits as were asked for")
 
+// daysAhead is how many days are listed while one is worked on: a bucket gives a
+// thousand names for each request, one after another.
+const daysAhead = 3
+
 // days lists the store and calls fn with the recordings of each day.
 func days(ctx context.Context, store recording.Store, from, to time.Time, fn func(day string, items []replay.Item) error) error {
-	var items []replay.Item
-	flush := func() error {
-		if len(items) == 0 {
-			return nil
-		}
-		err := fn(items[0].Day(), items)
-		clear(items)
-		items = items[:0]
+	names, err := replay.Days(ctx, store, from, to)
+	if err != nil {
 		return err
 	}
-	err := replay.Items(ctx, store, from, to, func(i replay.Item) error {
-		if len(items) > 0 && items[0].Day() != i.Day() {
-			if err := flush(); err != nil {
-				return err
-			}
+	type listing struct {
+		items []replay.Item
+		err   error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	lists := make([]chan listing, len(names))
+	start := func(i int) {
+		if i >= len(names) {
+			return
+		}
+		lists[i] = make(chan listing, 1)
+		wg.Go(func() {
+			items, err := listDay(ctx, store, names[i])
+			lists[i] <- listing{items, err}
+		})
+	}
+	for i := range daysAhead {
+		start(i)
+	}
+	for i, day := range names {
+		l := <-lists[i]
+		start(i + daysAhead)
+		if l.err != nil {
+			return l.err
+		}
+		if len(l.items) == 0 {
+			continue
+		}
+		if err := fn(day, l.items); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// listDay returns the recordings of one day.
+func listDay(ctx context.Context, store recording.Store, day string) ([]replay.Item, error) {
+	at, err := time.Parse("2006/01/02", day)
+	if err != nil {
+		return nil, err
+	}
+	var items []replay.Item
+	err = replay.Items(ctx, store, at, at, func(i replay.Item) error {
+		if i.Day() != day { // what sorts between the days
+			return nil
 		}
 		if len(items) == maxDay {
-			return fmt.Errorf("recording: more than %d recordings on %s", maxDay, i.Day())
+			return fmt.Errorf("recording: more than %d recordings on %s", maxDay, day)
 		}
 		items = append(items, i)
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	return flush()
+	return items, err
 }
 
 type searcher struct {

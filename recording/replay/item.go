@@ -25,6 +25,38 @@ func Items(ctx context.Context, store recording.Store, from, to time.Time, fn fu
 	})
 }
 
+// Days returns the days, YYYY/MM/DD, from that of from to that of to (zero: no
+// bound) that recordings in the store began on, with a short listing for each.
+func Days(ctx context.Context, store recording.Store, from, to time.Time) ([]string, error) {
+	after := ""
+	if !from.IsZero() {
+		after = recording.Root + from.UTC().Format("2006/01/02") // less than every key of that day
+	}
+	last := ""
+	if !to.IsZero() {
+		last = recording.Root + to.UTC().Format("2006/01/02") + "0" // greater than every key of that day
+	}
+	var days []string
+	for {
+		day := ""
+		err := store.List(ctx, recording.Root, after, func(o recording.Object) error {
+			if last != "" && o.Key > last {
+				return recording.ErrStop
+			}
+			if prefix, ok := prefixOf(o.Key); ok {
+				day = prefix[len(recording.Root):len(recording.Root+"2006/01/02")]
+				return recording.ErrStop
+			}
+			return nil
+		})
+		if err != nil || day == "" {
+			return days, err
+		}
+		days = append(days, day)
+		after = recording.Root + day + "0"
+	}
+}
+
 // Find returns the recording of that name: a session, or YYYY/MM/DD/session.
 func Find(ctx context.Context, store recording.Store, name string) (Item, error) {
 	g, err := find(ctx, store, name)

@@ -284,30 +284,19 @@ func find(ctx context.Context, store recording.Store, name string) (*group, erro
 		return nil, err
 	}
 	var found []string
-	for after := ""; ; {
-		day := ""
-		err := store.List(ctx, recording.Root, after, func(o recording.Object) error {
-			after = o.Key
-			if prefix, ok := prefixOf(o.Key); ok {
-				day = prefix[:len(recording.Root+"2006/01/02")]
-				return recording.ErrStop
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		if day == "" {
-			break
-		}
-		err = store.List(ctx, day+"/"+name+"/", "", func(recording.Object) error {
-			found = append(found, day+"/"+name+"/")
+	days, err := Days(ctx, store, time.Time{}, time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	for _, day := range days {
+		prefix := recording.Root + day + "/" + name + "/"
+		err := store.List(ctx, prefix, "", func(recording.Object) error {
+			found = append(found, prefix)
 			return recording.ErrStop
 		})
 		if err != nil {
 			return nil, err
 		}
-		after = day + "0"
 	}
 	switch len(found) {
 	case 0:
