@@ -3,7 +3,6 @@ package index
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"time"
 
@@ -141,7 +140,7 @@ func days(ctx context.Context, store recording.Store, from, to time.Time, fn fun
 		}
 		lists[i] = make(chan listing, 1)
 		wg.Go(func() {
-			items, err := listDay(ctx, store, names[i])
+			items, err := replay.DayItems(ctx, store, names[i], maxDay)
 			lists[i] <- listing{items, err}
 		})
 	}
@@ -162,26 +161,6 @@ func days(ctx context.Context, store recording.Store, from, to time.Time, fn fun
 		}
 	}
 	return nil
-}
-
-// listDay returns the recordings of one day.
-func listDay(ctx context.Context, store recording.Store, day string) ([]replay.Item, error) {
-	at, err := time.Parse("2006/01/02", day)
-	if err != nil {
-		return nil, err
-	}
-	var items []replay.Item
-	err = replay.Items(ctx, store, at, at, func(i replay.Item) error {
-		if i.Day() != day { // what sorts between the days
-			return nil
-		}
-		if len(items) == maxDay {
-			return fmt.Errorf("recording: more than %d recordings on %s", maxDay, day)
-		}
-		items = append(items, i)
-		return nil
-	})
-	return items, err
 }
 
 type searcher struct {

@@ -3,7 +3,10 @@ package replay
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/terminal"
@@ -56,6 +59,77 @@ func Days(ctx context.Context, store recording.Store, from, to time.Time) ([]str
 		after = recording.Root + day + "0"
 	}
 }
+
+const (
+	// plainDay is how many recordings of a day are listed before the rest is
+	// listed in parts.
+	plainDay  = 2000
+	listParts = 4 // at a time
+)
+
+// partsOfDay are beginnings of sessions at which a large day's listing is cut:
+// ids are lower-case letters and digits from 2 to 7, each as often as another.
+var partsOfDay = []string{"5", "a", "e", "i", "m", "q", "u"}
+
+// DayItems returns the recordings of a day, YYYY/MM/DD, at most max of them, by
+// session. A bucket gives a thousand names for each request, one after another,
+// so a day of many is listed in parts side by side.
+func DayItems(ctx context.Context, store recording.Store, day string, max int) ([]Item, error) {
+	if _, err := time.Parse("2006/01/02", day); err != nil {
+		return nil, fmt.Errorf("recording: %q is no day", day)
+	}
+	root := recording.Root + day + "/"
+	list := func(ctx context.Context, after, last string, most int) (items []Item, err error) {
+		err = between(ctx, store, after, last, func(g *group) error {
+			if g.prefix == "" {
+				return nil
+			}
+			if len(items) == most {
+				return errMoreItems
+			}
+			items = append(items, Item{g})
+			return nil
+		})
+		return items, err
+	}
+	end := recording.Root + day + "0" // after every key of the day
+	first, err := list(ctx, root, end, min(max, plainDay))
+	if !errors.Is(err, errMoreItems) {
+		return first, err
+	}
+	if max <= plainDay {
+		return nil, fmt.Errorf("recording: more than %d recordings on %s", max, day)
+	}
+	after := root + first[len(first)-1].g.session() + "0" // after every key of that session
+	bounds := []string{after}
+	for _, p := range partsOfDay {
+		if root+p > after {
+			bounds = append(bounds, root+p)
+		}
+	}
+	bounds = append(bounds, end)
+	parts := make([][]Item, len(bounds)-1)
+	eg, ectx := errgroup.WithContext(ctx)
+	eg.SetLimit(listParts)
+	for i := range parts {
+		eg.Go(func() (err error) {
+			parts[i], err = list(ectx, bounds[i], bounds[i+1], max)
+			return err
+		})
+	}
+	if err := eg.Wait(); err != nil && !errors.Is(err, errMoreItems) {
+		return nil, err
+	}
+	all := first
+	for _, p := range parts {
+		if all = append(all, p...); len(all) > max {
+			return nil, fmt.Errorf("recording: more than %d recordings on %s", max, day)
+		}
+	}
+	return all, nil
+}
+
+var errMoreItems = errors.New("recording: more than were asked for")
 
 // Find returns the recording of that name: a session, or YYYY/MM/DD/session.
 func Find(ctx context.Context, store recording.Store, name string) (Item, error) {

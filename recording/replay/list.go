@@ -228,6 +228,11 @@ func groups(ctx context.Context, store recording.Store, from, to time.Time, fn f
 	if !to.IsZero() {
 		last = recording.Root + to.UTC().Format("2006/01/02") + "0" // greater than every key of that day
 	}
+	return between(ctx, store, after, last, fn)
+}
+
+// between is groups for the keys after one and up to another, "" for no bound.
+func between(ctx context.Context, store recording.Store, after, last string, fn func(*group) error) error {
 	var cur *group
 	none := &group{}
 	stop := false

@@ -633,3 +633,63 @@ func TestSteps(t *testing.T) {
 		t.Errorf("%q %v", got, err)
 	}
 }
+
+// TestDayItems: a day that is listed in parts has each recording once and in
+// order, whatever its name begins with.
+func TestDayItems(t *testing.T) {
+	const names = "-0123456789ABCXYZ_abcdefghijklmnopqrstuvwxyz."
+	day := started.Format("2006/01/02")
+	for _, count := range []int{0, 1, 1999, 2000, 2001, 3500} {
+		dir := t.TempDir()
+		store, err := upload.Open(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put := func(key string) {
+			path := filepath.Join(dir, "sessions", filepath.FromSlash(key))
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("x"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range count {
+			session := fmt.Sprintf("%c%c%d", names[i%(len(names)-1)], names[i/7%len(names)], i)
+			put(day + "/" + session + "/header")
+			if i%3 == 0 {
+				put(day + "/" + session + "/trailer")
+			}
+		}
+		put(started.AddDate(0, 0, -1).Format("2006/01/02") + "/before/header")
+		put(started.AddDate(0, 0, 1).Format("2006/01/02") + "/after/header")
+		put(day + "/e") // belongs to none, where the listing is cut
+		var want []string
+		err = replay.Items(t.Context(), store, started, started, func(i replay.Item) error {
+			want = append(want, fmt.Sprint(i.Name(), i.Objects(), i.Bytes(), i.Finished()))
+			return nil
+		})
+		if err != nil || len(want) != count {
+			t.Fatal(len(want), err)
+		}
+		items, err := replay.DayItems(t.Context(), store, day, 10_000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, i := range items {
+			got = append(got, fmt.Sprint(i.Name(), i.Objects(), i.Bytes(), i.Finished()))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%d recordings: %d were listed, or in another order", count, len(got))
+		}
+		if count > 0 {
+			if _, err := replay.DayItems(t.Context(), store, day, count-1); err == nil {
+				t.Errorf("%d recordings where %d are the most", count, count-1)
+			}
+			if items, err := replay.DayItems(t.Context(), store, day, count); err != nil || len(items) != count {
+				t.Error(len(items), err)
+			}
+		}
+	}
+	if _, err := replay.DayItems(t.Context(), nil, "2026/13/01", 1); err == nil {
+		t.Error("2026/13/01 is a day")
+	}
+}
