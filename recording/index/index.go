@@ -21,7 +21,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/replay"
@@ -229,8 +228,6 @@ func (r *Row) digest() uint64 {
 	fmt.Fprintf(&h, "%#v", c)
 	return h.Sum64()
 }
-
-func (r *Row) started() time.Time { return time.UnixMicro(r.Started).UTC() }
 
 // byName orders rows for a file.
 func byName(a, b Row) int { return cmp.Compare(a.Name, b.Name) }
