@@ -98,7 +98,7 @@ func bearer(i session.Info) *state.Bearer {
 func allAPI(pairs []policy.Pair) bool {
 	for _, p := range pairs {
 		switch p.Action {
-		case policy.AdminApply, policy.AdminCluster, policy.Revoke, policy.RecordingsRead, policy.SessionsRead, policy.EventsRead, policy.ApprovalsRead, policy.StatusRead, policy.StateRead, policy.PolicyExplain:
+		case policy.AdminApply, policy.AdminCluster, policy.Revoke, policy.RecordingsRead, policy.SessionsRead, policy.SessionsWatch, policy.EventsRead, policy.ApprovalsRead, policy.StatusRead, policy.StateRead, policy.PolicyExplain:
 		default:
 			return false
 		}
@@ -415,7 +415,7 @@ func (n *Node) verifyProof(ctx context.Context, p *identity.Proof, o identity.Pr
 // apiDeps is what the API sees of the node.
 func (n *Node) apiDeps() api.Deps {
 	return api.Deps{
-		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings, EventLog: n.eventLog,
+		Node: n.cfg.Name, Dev: n.cfg.Dev, FeatureLevel: n.featureLevel(), Store: n.store, State: n.state, Sessions: n.sessions, Approvals: n.approvals, Mesh: n.mesh, Recordings: n.recordings, Live: n.spool, EventLog: n.eventLog,
 		Authenticate: n.authenticateRequest, Known: n.known, Decide: n.decide, DecideAt: decideAt, Analyze: n.analyze,
 		LogoutToken: n.verifier.LogoutToken, SecurityEvent: n.verifier.SecurityEvent,
 		VerifyToken: func(ctx context.Context, token string) (*policy.Subject, error) { return n.verifier.Verify(ctx, token) },

@@ -45,6 +45,8 @@ import (
 	"github.com/sallyport/sallyport/raftstore/fence/gate"
 	"github.com/sallyport/sallyport/raftstore/transport"
 	"github.com/sallyport/sallyport/recording"
+	"github.com/sallyport/sallyport/recording/index"
+	"github.com/sallyport/sallyport/recording/replay"
 	"github.com/sallyport/sallyport/recording/spool"
 	"github.com/sallyport/sallyport/recording/upload"
 )
@@ -226,10 +228,11 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	case err != nil: // it may come back; until then the spool takes what it can
 		n.log.Warn("the store of recordings cannot be used now; recordings wait in the spool", "err", err)
 	}
+	appender := index.NewAppender(dest, replay.Trust{Roots: pki.Pool(n.ca.Raw), CheckNode: pki.CheckNode}, n.log)
 	n.spool, err = spool.Open(spool.Options{
 		Dir: filepath.Join(n.cfg.DataDir, "spool"), Node: n.cfg.Name, Cluster: n.cluster,
 		Signer: n.self.Load().key, Certificate: n.self.Load().cert.Raw, Store: dest,
-		SegmentAge: n.cfg.SegmentAge, MaxSpoolBytes: n.cfg.SpoolBytes, Log: n.log,
+		SegmentAge: n.cfg.SegmentAge, MaxSpoolBytes: n.cfg.SpoolBytes, Stored: appender.Stored, Log: n.log,
 	})
 	if err != nil {
 		return err
@@ -332,6 +335,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	run("secrets", n.keepSealed)
 	run("certificate", n.keepCertificate)
 	run("marks", n.storeMarks)
+	run("index of recordings", appender.Run)
 
 	// Clients, once what was known when the node stopped is known again.
 	if err := n.catchUp(ctx); ctx.Err() != nil {

@@ -17,6 +17,7 @@ const (
 	Revoke         Action = "revoke"          // revoke a subject, undo a revocation
 	RecordingsRead Action = "recordings:read" // list and replay recordings
 	SessionsRead   Action = "sessions:read"   // list live sessions
+	SessionsWatch  Action = "sessions:watch"  // see what a live session does
 	EventsRead     Action = "events:read"     // follow the event log
 	ApprovalsRead  Action = "approvals:read"  // list and show approval requests
 	StatusRead     Action = "status:read"     // see the state of the cluster
@@ -167,6 +168,7 @@ var catalogue = []ActionInfo{
 	{Revoke, inAPI, onCluster, "revoke a subject and undo a revocation"},
 	{RecordingsRead, inAPIRead, onTarget, "list, replay and verify recordings"},
 	{SessionsRead, inAPIRead, onTarget, "list live sessions"},
+	{SessionsWatch, inAPIRead, onTarget, "see what a live session sends and gets, as it is recorded"},
 	{EventsRead, inAPIRead, onCluster, "follow the event log"},
 	{ApprovalsRead, inAPIRead, onTarget, "list and show approval requests"},
 	{StatusRead, inAPIRead, onCluster, "see nodes, leader and health"},

@@ -61,13 +61,14 @@ var notBelow = regexp.MustCompile(`^protocols/(postgres|mysql|ssh|httpproxy|tcp|
 // included. Doubles beside a home may too, and bench and chaos, which look at
 // the product from outside.
 var homes = map[string]string{
-	"github.com/hashicorp/raft":       "raftstore",
-	"github.com/hashicorp/raft-":      "raftstore",
-	"github.com/cockroachdb/pebble":   "raftstore",
-	"github.com/minio/minio-go":       "recording/upload",
-	"github.com/hashicorp/memberlist": "node/gossip",
-	"github.com/cedar-policy":         "policy",
-	"github.com/multigres/multigres":  "protocols/postgres/sql",
+	"github.com/hashicorp/raft":        "raftstore",
+	"github.com/hashicorp/raft-":       "raftstore",
+	"github.com/cockroachdb/pebble":    "raftstore",
+	"github.com/minio/minio-go":        "recording/upload",
+	"github.com/parquet-go/parquet-go": "recording/columnar",
+	"github.com/hashicorp/memberlist":  "node/gossip",
+	"github.com/cedar-policy":          "policy",
+	"github.com/multigres/multigres":   "protocols/postgres/sql",
 }
 
 type pkg struct {

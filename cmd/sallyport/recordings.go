@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -26,6 +28,9 @@ type storeFlags struct {
 	store string
 }
 
+// location is where the store is; "" for the API of a node.
+func (s *storeFlags) location() string { return first(s.store, os.Getenv("SALLYPORT_STORE")) }
+
 func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, error) {
 	set, err := s.resolve()
 	if err != nil {
@@ -35,8 +40,8 @@ func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, e
 	if !roots.AppendCertsFromPEM([]byte(set.CA)) {
 		return nil, replay.Trust{}, errors.New("whose signatures count? Give the cluster's CA certificate with --ca or SALLYPORT_CA; get it from somewhere else than the store")
 	}
-	trust := replay.Trust{Roots: roots, CheckNode: checkNode}
-	location := first(s.store, os.Getenv("SALLYPORT_STORE"))
+	trust := replay.Trust{Roots: roots, CheckNode: pki.CheckNode}
+	location := s.location()
 	if location == "" {
 		cl, err := set.client()
 		if err != nil {
@@ -51,6 +56,26 @@ func (s *storeFlags) open(ctx context.Context) (recording.Store, replay.Trust, e
 	return st, trust, err
 }
 
+// authorities are the certificates whose signatures count.
+func (s *storeFlags) authorities() ([]*x509.Certificate, error) {
+	set, err := s.resolve()
+	if err != nil {
+		return nil, err
+	}
+	var out []*x509.Certificate
+	for rest := []byte(set.CA); ; {
+		var b *pem.Block
+		if b, rest = pem.Decode(rest); b == nil {
+			return out, nil
+		}
+		c, err := x509.ParseCertificate(b.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("the cluster's CA certificate: %w", err)
+		}
+		out = append(out, c)
+	}
+}
+
 func hasScheme(s string) bool {
 	for _, p := range []string{"s3://", "file://"} {
 		if len(s) > len(p) && s[:len(p)] == p {
@@ -60,22 +85,10 @@ func hasScheme(s string) bool {
 	return false
 }
 
-// checkNode says whether a certificate is the named node's.
-func checkNode(cert *x509.Certificate, name string) error {
-	id, err := pki.ParseIdentity(cert)
-	if err != nil {
-		return err
-	}
-	if id.Name != name || id.Role == pki.Admin {
-		return fmt.Errorf("the certificate is of %s, not of node %s", id, name)
-	}
-	return nil
-}
-
 func recordingsCommand(f *clientFlags) *cobra.Command {
 	s := &storeFlags{clientFlags: f}
 	c := &cobra.Command{
-		Use: "recordings", Short: "List, show, replay and verify recordings from their store alone", Aliases: []string{"recording"},
+		Use: "recordings", Short: "List, find, show, replay, watch, export and verify recordings", Aliases: []string{"recording"},
 		Long: `Reads recordings from their store (a directory or an S3 bucket) and verifies them
 with the cluster's CA certificate. No node is asked. Credentials for S3 come
 from the usual places (AWS_ACCESS_KEY_ID …); reading rights are enough.
@@ -84,7 +97,7 @@ Without --store they come through the API of a node, for those who may
 recordings:read; they are verified all the same.`,
 	}
 	c.PersistentFlags().StringVar(&s.store, "store", "", "directory, or s3://bucket/prefix?endpoint=URL&region=R (SALLYPORT_STORE)")
-	c.AddCommand(recordingsList(s), recordingsShow(s), recordingsReplay(s), recordingsVerify(s))
+	c.AddCommand(recordingsList(s), recordingsShow(s), recordingsReplay(s), recordingsVerify(s), recordingsSearch(s), recordingsIndex(s), recordingsExport(s), recordingsWatch(s))
 	return c
 }
 
@@ -208,8 +221,17 @@ func showJSON(cmd *cobra.Command, r *replay.Recording) error {
 
 func recordingsReplay(s *storeFlags) *cobra.Command {
 	var speed float64
+	var idle time.Duration
+	var step bool
 	c := &cobra.Command{
 		Use: "replay RECORDING", Short: "Play a session: statements, decisions and results", Args: exactArgs("RECORDING"),
+		Long: `Prints a session: each statement with its decision, what came back, and how it
+ended. With --speed it takes the session's own time, with --step it stops after
+each statement and its results:
+
+  n, space, Enter   the next one            /   search for a text
+  p, b              the one before          N   search on
+  g                 the first               q   quit`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			store, trust, err := s.open(cmd.Context())
 			if err != nil {
@@ -219,10 +241,18 @@ func recordingsReplay(s *storeFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatData(), Speed: speed})
+			if step {
+				if speed != 0 {
+					return usageError{errors.New("--step waits for a key, --speed for the session's time: give one of them")}
+				}
+				return stepOnTerminal(cmd.Context(), r)
+			}
+			return replay.Print(cmd.Context(), cmd.OutOrStdout(), r, replay.PrintOptions{Format: formatData(), Speed: speed, MaxPause: idle})
 		},
 	}
 	c.Flags().Float64Var(&speed, "speed", 0, "play with the session's own pauses, this many times as fast; 0 prints at once")
+	c.Flags().DurationVar(&idle, "max-idle", 3*time.Second, "with --speed, the longest pause")
+	c.Flags().BoolVar(&step, "step", false, "stop after each statement and its results, on a terminal")
 	return c
 }
 
@@ -260,17 +290,15 @@ docs/recording-format.md).`,
 			if len(args) == 1 {
 				o.Recording = args[0]
 			}
-			var bar *progressbar.ProgressBar
-			if isTerminal(os.Stderr) {
-				bar = progressbar.NewOptions(-1, progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetDescription("verifying"),
-					progressbar.OptionShowCount(), progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
-				o.Each = func(*replay.Result) { _ = bar.Add(1) }
+			b := newBar("verifying", progressbar.OptionShowBytes(true))
+			counted := func() {}
+			if b.b != nil && o.Recording == "" {
+				o.Each, counted = byteProgress(cmd.Context(), store, b)
 			}
 			began := time.Now()
 			rep, err := replay.Verify(cmd.Context(), store, o)
-			if bar != nil {
-				_ = bar.Finish()
-			}
+			counted()
+			b.finish()
 			if err != nil {
 				return err
 			}
@@ -289,6 +317,37 @@ docs/recording-format.md).`,
 	}
 }
 
+// byteProgress shows how much of the store is verified. How much there is a
+// listing of its own finds out meanwhile; done ends it and waits for it.
+func byteProgress(ctx context.Context, store recording.Store, b *bar) (each func(*replay.Result), done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	total := make(chan int64, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		var n int64
+		err := replay.Items(ctx, store, time.Time{}, time.Time{}, func(i replay.Item) error {
+			n += i.Bytes()
+			return nil
+		})
+		if err == nil { // an error is Verify's to tell
+			total <- n
+		}
+	})
+	var sum, of int64
+	each = func(r *replay.Result) {
+		select {
+		case of = <-total:
+		default:
+		}
+		sum += r.Bytes
+		b.set(sum, max(of, sum))
+	}
+	return each, func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
 func printReport(w io.Writer, rep *replay.Report, took time.Duration) {
 	for _, p := range rep.Problems {
 		say(w, "%-20s %s %s: %s", p.Kind, p.Recording, p.Object, p.Text)
@@ -299,6 +358,7 @@ func printReport(w io.Writer, rep *replay.Report, took time.Duration) {
 	for _, c := range rep.Chains {
 		say(w, "node %s: recordings %d to %d, without a gap unless named above; newest begun %s", c.Node, c.First, c.Last, stamp(c.Newest))
 	}
-	say(w, "%d recordings: %d verified, %d unfinished (whole as far as they go), %d broken; %d entries, %d bytes in %v",
-		rep.Recordings, rep.Verified, rep.Unfinished, rep.Broken, rep.Entries, rep.Bytes, took.Round(time.Millisecond))
+	say(w, "%d recordings: %d verified, %d unfinished (whole as far as they go), %d broken; %d entries, %d bytes in %v (%s)",
+		rep.Recordings, rep.Verified, rep.Unfinished, rep.Broken, rep.Entries, rep.Bytes, took.Round(time.Millisecond),
+		fmt.Sprintf("%.1f MB/s", float64(rep.Bytes)/1e6/max(took.Seconds(), 1e-6)))
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/sallyport/sallyport/recording"
+	"github.com/sallyport/sallyport/recording/index"
 )
 
 // The store of recordings may be reachable by nodes only. These calls lend it,
@@ -27,18 +28,23 @@ type ObjectData struct {
 	Data string `json:"data"` // base64
 }
 
+// lent says that a key is of a recording or of their index.
+func lent(key string) bool {
+	return strings.HasPrefix(key, recording.Root) || strings.HasPrefix(key, index.Root)
+}
+
 func (s *Server) listObjects(_ http.ResponseWriter, r *request) (any, error) {
 	q := r.URL.Query()
-	if !strings.HasPrefix(q.Get("prefix"), recording.Root) {
-		return nil, invalid("prefix: want one that begins with %s", recording.Root)
+	if !lent(q.Get("prefix")) {
+		return nil, invalid("prefix: want one that begins with %s or %s", recording.Root, index.Root)
 	}
 	return listPart(r.Context(), s.Recordings.List, q.Get("prefix"), q.Get("after"))
 }
 
 func (s *Server) getObject(_ http.ResponseWriter, r *request) (any, error) {
 	key := r.URL.Query().Get("key")
-	if !strings.HasPrefix(key, recording.Root) {
-		return nil, invalid("key: want one that begins with %s", recording.Root)
+	if !lent(key) {
+		return nil, invalid("key: want one that begins with %s or %s", recording.Root, index.Root)
 	}
 	data, err := s.Recordings.Get(r.Context(), key)
 	if errors.Is(err, recording.ErrNotFound) {

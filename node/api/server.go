@@ -58,6 +58,8 @@ type Deps struct {
 	Mesh         *tunnel.Mesh
 	// Recordings is where recordings end up, lent to readers.
 	Recordings recording.Store
+	// Live is this node's recorder.
+	Live Live
 	// EventLog is this node's part in making the event log verifiable.
 	EventLog *eventlog.Service
 	// Authenticate says who sends a request with this body, and returns the
@@ -123,17 +125,19 @@ type Deps struct {
 // Server answers API calls.
 type Server struct {
 	Deps
-	large  chan struct{}  // places for large bodies
-	past   chan struct{}  // places for questions about the past
-	ready  chan fenced    // revocations in force, to be stored so
-	known  atomic.Uint64  // index of a configuration that every node acts on; at the leader
-	public *http.ServeMux // for clients, and for other nodes that hand a call on
-	mesh   *http.ServeMux // for other nodes only
+	large chan struct{} // places for large bodies
+	past  chan struct{} // places for questions about the past
+	// watchers are places for calls that wait for entries of live sessions.
+	watchers chan struct{}
+	ready    chan fenced    // revocations in force, to be stored so
+	known    atomic.Uint64  // index of a configuration that every node acts on; at the leader
+	public   *http.ServeMux // for clients, and for other nodes that hand a call on
+	mesh     *http.ServeMux // for other nodes only
 }
 
 // NewServer returns a Server.
 func NewServer(d Deps) *Server {
-	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), past: make(chan struct{}, maxPast), ready: make(chan fenced, maxReady), public: http.NewServeMux(), mesh: http.NewServeMux()}
+	s := &Server{Deps: d, large: make(chan struct{}, maxLarge), past: make(chan struct{}, maxPast), watchers: make(chan struct{}, maxWatchers), ready: make(chan fenced, maxReady), public: http.NewServeMux(), mesh: http.NewServeMux()}
 	s.routes()
 	return s
 }
@@ -171,6 +175,7 @@ func (s *Server) routes() {
 	change("POST /v1/revocations/{id}/undo", policy.Revoke, s.undo)
 	read("GET /v1/recordings", policy.RecordingsRead, s.listObjects)
 	read("GET /v1/recordings/object", policy.RecordingsRead, s.getObject)
+	read("GET /v1/sessions/{id}/watch", policy.SessionsWatch, s.watch)
 	read("GET /v1/log", policy.EventsRead, s.listLog)
 	read("GET /v1/log/object", policy.EventsRead, s.getLog)
 	s.public.HandleFunc("POST /v1/cluster/join", s.join)

@@ -31,6 +31,7 @@ type rig struct {
 	permit  map[policy.Action]bool
 	deaf    bool // nothing can be recorded
 	grantor grantor
+	live    live
 	frozen  []event.Scope
 	mu      sync.Mutex
 	audited []recording.Entry
@@ -63,7 +64,7 @@ func newRig(t *testing.T) *rig {
 		Node: n.Name, Store: n.Store, State: st, Sessions: session.NewRegistry(1),
 		Approvals:  approval.New(approval.Env{State: st, Now: time.Now, Log: log, Decide: r.decide}),
 		Mesh:       tunnel.New(nil, func(string) (string, bool) { return "", false }, log),
-		Recordings: store,
+		Recordings: store, Live: &r.live,
 		Authenticate: func(_ context.Context, req *http.Request, _ []byte, _ bool) (*policy.Subject, []byte, error) {
 			if req.Header.Get("Authorization") == "" {
 				return nil, nil, errors.New("no credential")
@@ -144,6 +145,7 @@ var routes = []struct {
 	{"POST", "/v1/revocations/x/undo", `{"reason":"y"}`, policy.Revoke},
 	{"GET", "/v1/recordings?prefix=sessions/", "", policy.RecordingsRead},
 	{"GET", "/v1/recordings/object?key=sessions/x", "", policy.RecordingsRead},
+	{"GET", "/v1/sessions/x/watch", "", policy.SessionsWatch},
 }
 
 func TestEveryCallIsAnAction(t *testing.T) {

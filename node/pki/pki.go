@@ -342,6 +342,19 @@ func ParseIdentity(cert *x509.Certificate) (Identity, error) {
 	return id, nil
 }
 
+// CheckNode says whether a certificate is the named node's, for whoever
+// verifies what nodes sign. Whose authority signed it is checked elsewhere.
+func CheckNode(cert *x509.Certificate, name string) error {
+	id, err := ParseIdentity(cert)
+	if err != nil {
+		return err
+	}
+	if id.Name != name || id.Role == Admin {
+		return fmt.Errorf("the certificate is of %s, not of node %s", id, name)
+	}
+	return nil
+}
+
 // VerifyPeer checks that cert is signed by roots, valid now, of this cluster
 // and of one of roles (at least one must be given), and says who it is.
 func VerifyPeer(cert *x509.Certificate, roots *x509.CertPool, cluster string, roles ...string) (Identity, error) {

@@ -68,7 +68,7 @@ var encoders = sync.Pool{New: func() any {
 }}
 
 var decoders = sync.Pool{New: func() any {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(windowBytes), zstd.WithDecoderLowmem(true))
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(windowBytes), zstd.WithDecoderLowmem(true), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		panic(err)
 	}
@@ -105,11 +105,25 @@ func ParseSegment(b []byte) (*Segment, error) {
 	return s, nil
 }
 
-// Frames returns the segment's frames, decompressed. It allocates as it reads,
-// so that a small object cannot claim much memory.
+// oneGo is the size of frames up to which they are decompressed at once into
+// memory for all of them: twice the usual segment. A third faster: see BenchmarkEntries.
+const oneGo = 2 << 20
+
+// Frames returns the segment's frames, decompressed. Above oneGo it allocates
+// as it reads, so that a small object cannot claim much memory.
 func (s *Segment) Frames() ([]byte, error) {
 	d := decoders.Get().(*zstd.Decoder)
 	defer decoders.Put(d)
+	if s.Bytes <= oneGo {
+		b, err := d.DecodeAll(s.body, make([]byte, 0, s.Bytes))
+		if err != nil {
+			return nil, malformed("segment: %v", err)
+		}
+		if int64(len(b)) != s.Bytes {
+			return nil, malformed("segment: its frames are not %d bytes long", s.Bytes)
+		}
+		return b, nil
+	}
 	if err := d.Reset(bytes.NewReader(s.body)); err != nil {
 		return nil, malformed("segment: %v", err)
 	}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/sallyport/sallyport/recording"
 	"github.com/sallyport/sallyport/recording/format"
 )
@@ -22,7 +24,8 @@ type Filter struct {
 	Kind     string // "session" or "node"
 	Subject  string
 	Target   string
-	// Match is asked last; nil selects all. It must not change the header.
+	// Match is asked last, by several goroutines; nil selects all. It must not
+	// change the header.
 	Match func(*recording.Header) bool
 }
 
@@ -51,44 +54,93 @@ type Summary struct {
 	Err      error             // why header or trailer cannot be read; Header may be empty
 }
 
+const (
+	listReaders = 16  // recordings whose header and trailer are read at a time
+	listBatch   = 512 // recordings that are read before fn is told of them in order
+)
+
 // List calls fn for the recordings that f selects, by day and then by
 // session. One whose header cannot be read is passed whatever f says.
 func List(ctx context.Context, store recording.Store, f Filter, fn func(Summary) error) error {
-	return groups(ctx, store, f.From, f.To, func(g *group) error {
+	batch := make([]*group, 0, listBatch)
+	flush := func() error {
+		found := make([]*Summary, len(batch))
+		eg, ectx := errgroup.WithContext(ctx)
+		eg.SetLimit(listReaders)
+		for i, g := range batch {
+			eg.Go(func() (err error) {
+				found[i], err = summarize(ectx, store, f, g)
+				return err
+			})
+		}
+		batch = batch[:0]
+		if err := eg.Wait(); err != nil {
+			return err
+		}
+		for _, s := range found {
+			if s == nil {
+				continue
+			}
+			if err := fn(*s); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	stopped := false
+	err := groups(ctx, store, f.From, f.To, func(g *group) error {
 		if g.prefix == "" {
 			return nil
 		}
-		s := Summary{Name: g.name(), Segments: len(g.segments), Written: g.written}
-		h, err := getHeader(ctx, store, g.prefix)
-		if err != nil {
-			if !isContent(err) {
-				return err
-			}
-			s.Err = err
-			s.Header.Session = g.session()
-			return fn(s)
-		}
-		s.Header = h.Header
-		if !f.matches(&s.Header) {
+		if batch = append(batch, g); len(batch) < listBatch {
 			return nil
 		}
-		if g.trailer {
-			b, err := store.Get(ctx, g.prefix+recording.TrailerName)
-			if err != nil && !isContent(err) {
-				return err
-			}
-			var t *format.Trailer
-			if err == nil {
-				t, err = format.ParseTrailer(b)
-			}
-			if err != nil {
-				s.Err = fmt.Errorf("trailer: %w", err)
-			} else {
-				s.Ending, s.Entries = &t.Ending, t.Entries
-			}
-		}
-		return fn(s)
+		err := flush()
+		stopped = errors.Is(err, recording.ErrStop)
+		return err
 	})
+	if err != nil || stopped {
+		return err
+	}
+	if err := flush(); !errors.Is(err, recording.ErrStop) {
+		return err
+	}
+	return nil
+}
+
+// summarize reads what a list tells of a recording; nil when f does not select
+// it.
+func summarize(ctx context.Context, store recording.Store, f Filter, g *group) (*Summary, error) {
+	s := &Summary{Name: g.name(), Segments: len(g.segments), Written: g.written}
+	h, err := getHeader(ctx, store, g.prefix)
+	if err != nil {
+		if !isContent(err) {
+			return nil, err
+		}
+		s.Err = err
+		s.Header.Session = g.session()
+		return s, nil
+	}
+	s.Header = h.Header
+	if !f.matches(&s.Header) {
+		return nil, nil
+	}
+	if g.trailer {
+		b, err := store.Get(ctx, g.prefix+recording.TrailerName)
+		if err != nil && !isContent(err) {
+			return nil, err
+		}
+		var t *format.Trailer
+		if err == nil {
+			t, err = format.ParseTrailer(b)
+		}
+		if err != nil {
+			s.Err = fmt.Errorf("trailer: %w", err)
+		} else {
+			s.Ending, s.Entries = &t.Ending, t.Entries
+		}
+	}
+	return s, nil
 }
 
 func getHeader(ctx context.Context, store recording.Store, prefix string) (*format.Header, error) {
@@ -176,6 +228,11 @@ func groups(ctx context.Context, store recording.Store, from, to time.Time, fn f
 	if !to.IsZero() {
 		last = recording.Root + to.UTC().Format("2006/01/02") + "0" // greater than every key of that day
 	}
+	return between(ctx, store, after, last, fn)
+}
+
+// between is groups for the keys after one and up to another, "" for no bound.
+func between(ctx context.Context, store recording.Store, after, last string, fn func(*group) error) error {
 	var cur *group
 	none := &group{}
 	stop := false
@@ -232,30 +289,19 @@ func find(ctx context.Context, store recording.Store, name string) (*group, erro
 		return nil, err
 	}
 	var found []string
-	for after := ""; ; {
-		day := ""
-		err := store.List(ctx, recording.Root, after, func(o recording.Object) error {
-			after = o.Key
-			if prefix, ok := prefixOf(o.Key); ok {
-				day = prefix[:len(recording.Root+"2006/01/02")]
-				return recording.ErrStop
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		if day == "" {
-			break
-		}
-		err = store.List(ctx, day+"/"+name+"/", "", func(recording.Object) error {
-			found = append(found, day+"/"+name+"/")
+	days, err := Days(ctx, store, time.Time{}, time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	for _, day := range days {
+		prefix := recording.Root + day + "/" + name + "/"
+		err := store.List(ctx, prefix, "", func(recording.Object) error {
+			found = append(found, prefix)
 			return recording.ErrStop
 		})
 		if err != nil {
 			return nil, err
 		}
-		after = day + "0"
 	}
 	switch len(found) {
 	case 0:

@@ -114,6 +114,27 @@ func Print(ctx context.Context, out io.Writer, r *Recording, o PrintOptions) err
 			return p.err
 		}
 	}
+	p.end(r)
+	return p.err
+}
+
+// An EntryPrinter shows entries as Print does, one by one, as they come.
+type EntryPrinter struct{ p *printer }
+
+// NewEntryPrinter returns one that writes to w about a session that began at
+// start.
+func NewEntryPrinter(w io.Writer, start time.Time, protocol string, format Formatter) *EntryPrinter {
+	return &EntryPrinter{&printer{w: w, start: start, protocol: protocol, o: PrintOptions{Format: format}}}
+}
+
+// Print shows an entry, escaped. It returns the first error of writing.
+func (e *EntryPrinter) Print(entry *recording.Entry) error {
+	e.p.entry(entry)
+	return e.p.err
+}
+
+// end shows how it ended, after Entries has come to its end.
+func (p *printer) end(r *Recording) {
 	switch {
 	case r.Ending != nil:
 		p.line(r.Ending.At, "ended: %s", join(r.Ending.Reason, r.Ending.Detail))
@@ -123,7 +144,6 @@ func Print(ctx context.Context, out io.Writer, r *Recording, o PrintOptions) err
 	if r.Failed != "" {
 		p.printf("the node could record no further: %s\n", terminal.EscapeLine(r.Failed))
 	}
-	return p.err
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -213,6 +233,8 @@ func (p *printer) entry(e *recording.Entry) {
 		what = join("CUT", nonEmpty(rule(e.Rule), e.Reason)...)
 	case recording.Note:
 		what = join("note", nonEmpty(e.Verb, e.Effect, rule(e.Rule), by(e.Actor), e.Reason)...)
+	default: // of a later version
+		what = join(fmt.Sprintf("entry of type %d", e.Type), nonEmpty(e.Verb, e.Effect, rule(e.Rule), by(e.Actor), e.Reason)...)
 	}
 	p.line(e.At, "%s%s", op, what)
 	if len(e.Actions) > 0 {

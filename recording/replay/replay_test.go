@@ -514,3 +514,182 @@ func TestFormat(t *testing.T) {
 		}
 	}
 }
+
+// TestRememberedCertificates: a certificate that was found good once is good at
+// the times it is valid at, and no other becomes good.
+func TestRememberedCertificates(t *testing.T) {
+	w := newWorld(t)
+	trust := replay.Trust{Roots: w.ca.Pool()}
+	trust.Remember()
+	item := func(session string) replay.Item {
+		it, err := replay.Find(t.Context(), w.store, session)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return it
+	}
+	read := func(session string) *replay.Result {
+		res, err := item(session).Read(t.Context(), w.store, trust, replay.Reading{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res
+	}
+	for range 2 {
+		if res := read("a1"); !res.Verified() || !res.Believed {
+			t.Fatalf("%+v", res)
+		}
+	}
+	// The same certificate, for a session long before it was valid.
+	n := w.nodes["n1"]
+	old := started.Add(-24 * time.Hour)
+	hb, err := format.SealHeader(&recording.Header{Session: "old", Node: "n1", Started: old, Chain: "c0ffee", NodeSeq: 1}, n.Cert, n.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.store.Put(t.Context(), recording.Prefix(old, "old")+"header", hb); err != nil {
+		t.Fatal(err)
+	}
+	if res := read("old"); res.Believed || res.Problems[0].Kind != replay.UnknownSigner {
+		t.Errorf("a certificate that was not valid yet: %+v", res)
+	}
+	stranger := recordingtest.NewCA(t).Node(t, "n1")
+	w.forge(t, "a2", stranger, stranger.Cert)
+	if res := read("a2"); res.Believed || res.Verified() {
+		t.Errorf("a stranger's certificate: %+v", res)
+	}
+	// A good one, but another node's.
+	w.forge(t, "a3", w.nodes["n2"], w.nodes["n2"].Cert)
+	read("b1")
+	if res := read("a3"); res.Believed || res.Verified() {
+		t.Errorf("another node's certificate: %+v", res)
+	}
+}
+
+// TestItems: what a listing tells of a recording, and a reading that is ended.
+func TestItems(t *testing.T) {
+	w := newWorld(t)
+	w.remove(t, "b2", "trailer")
+	trust := replay.Trust{Roots: w.ca.Pool()}
+	var names []string
+	err := replay.Items(t.Context(), w.store, time.Time{}, time.Time{}, func(i replay.Item) error {
+		session := i.Name()[len(i.Day())+1:]
+		names = append(names, session)
+		var size int64
+		files, _ := os.ReadDir(w.path(session, ""))
+		for _, f := range files {
+			info, err := f.Info()
+			if err != nil {
+				t.Fatal(err)
+			}
+			size += info.Size()
+		}
+		if i.Objects() != len(files) || i.Bytes() != size || i.Finished() != (session != "b2") {
+			t.Errorf("%s: %d objects, %d bytes, finished: %v", i.Name(), i.Objects(), i.Bytes(), i.Finished())
+		}
+		n := 0
+		stop := errors.New("stop")
+		if _, err := i.Read(t.Context(), w.store, trust, replay.Reading{Each: func(*recording.Entry) error { n++; return stop }}); !errors.Is(err, stop) || n != 1 {
+			t.Errorf("%s: %d entries, %v", session, n, err)
+		}
+		if _, err := i.Read(t.Context(), w.store, trust, replay.Reading{Want: func(h *recording.Header) bool { return h.Session != session }}); !errors.Is(err, recording.ErrStop) {
+			t.Errorf("%s: %v", session, err)
+		}
+		return nil
+	})
+	if err != nil || strings.Join(names, " ") != "a1 a2 a3 b1 b2" {
+		t.Error(names, err)
+	}
+}
+
+// TestSteps: a recording is cut at its commands, and what is broken ends it.
+func TestSteps(t *testing.T) {
+	w := newWorld(t)
+	steps := func(session string) (texts []string, last error) {
+		r, err := replay.Open(t.Context(), w.store, session, replay.Trust{Roots: w.ca.Pool()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for s, err := range replay.Steps(t.Context(), r, nil) {
+			if err != nil {
+				return texts, err
+			}
+			if s.N != len(texts) {
+				t.Errorf("step %d comes after %d", s.N, len(texts))
+			}
+			texts = append(texts, s.Text)
+		}
+		return texts, nil
+	}
+	got, err := steps("a1")
+	if err != nil || len(got) != 4 || !strings.Contains(got[0], "repo:acme/a1") || !strings.Contains(got[2], "SELECT 1") || !strings.Contains(got[3], "ended: closed") {
+		t.Errorf("%q %v", got, err)
+	}
+	b := w.read(t, "a2", "000003.seg")
+	b[len(b)/2] ^= 1
+	w.write(t, "a2", "000003.seg", b)
+	var p replay.Problem
+	if got, err := steps("a2"); len(got) != 3 || !errors.As(err, &p) {
+		t.Errorf("%q %v", got, err)
+	}
+}
+
+// TestDayItems: a day that is listed in parts has each recording once and in
+// order, whatever its name begins with.
+func TestDayItems(t *testing.T) {
+	const names = "-0123456789ABCXYZ_abcdefghijklmnopqrstuvwxyz."
+	day := started.Format("2006/01/02")
+	for _, count := range []int{0, 1, 1999, 2000, 2001, 3500} {
+		dir := t.TempDir()
+		store, err := upload.Open(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put := func(key string) {
+			path := filepath.Join(dir, "sessions", filepath.FromSlash(key))
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("x"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range count {
+			session := fmt.Sprintf("%c%c%d", names[i%(len(names)-1)], names[i/7%len(names)], i)
+			put(day + "/" + session + "/header")
+			if i%3 == 0 {
+				put(day + "/" + session + "/trailer")
+			}
+		}
+		put(started.AddDate(0, 0, -1).Format("2006/01/02") + "/before/header")
+		put(started.AddDate(0, 0, 1).Format("2006/01/02") + "/after/header")
+		put(day + "/e") // belongs to none, where the listing is cut
+		var want []string
+		err = replay.Items(t.Context(), store, started, started, func(i replay.Item) error {
+			want = append(want, fmt.Sprint(i.Name(), i.Objects(), i.Bytes(), i.Finished()))
+			return nil
+		})
+		if err != nil || len(want) != count {
+			t.Fatal(len(want), err)
+		}
+		items, err := replay.DayItems(t.Context(), store, day, 10_000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, i := range items {
+			got = append(got, fmt.Sprint(i.Name(), i.Objects(), i.Bytes(), i.Finished()))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%d recordings: %d were listed, or in another order", count, len(got))
+		}
+		if count > 0 {
+			if _, err := replay.DayItems(t.Context(), store, day, count-1); err == nil {
+				t.Errorf("%d recordings where %d are the most", count, count-1)
+			}
+			if items, err := replay.DayItems(t.Context(), store, day, count); err != nil || len(items) != count {
+				t.Error(len(items), err)
+			}
+		}
+	}
+	if _, err := replay.DayItems(t.Context(), nil, "2026/13/01", 1); err == nil {
+		t.Error("2026/13/01 is a day")
+	}
+}

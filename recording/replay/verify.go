@@ -2,6 +2,7 @@ package replay
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -27,15 +28,71 @@ type Trust struct {
 	// administrator) cannot sign for it. nil: the common name or a DNS name
 	// must be the node's name.
 	CheckNode func(cert *x509.Certificate, node string) error
+
+	known *knownCerts // nil: each certificate is verified each time
 }
 
-func (t *Trust) check(cert *x509.Certificate, node string, at time.Time) error {
-	_, err := cert.Verify(x509.VerifyOptions{
+// Remember has certificates verified once and not for each of many recordings:
+// a fourth of the time that small ones take. Roots must not change any more.
+func (t *Trust) Remember() {
+	if t.known == nil {
+		t.known = &knownCerts{}
+	}
+}
+
+// knownCerts are certificates that chain to the roots.
+type knownCerts struct {
+	sync.RWMutex
+	m map[[sha256.Size]byte]validity
+}
+
+// validity is when a certificate and all that it chains to are valid.
+type validity struct{ from, to time.Time }
+
+const maxKnownCerts = 10_000 // of nodes, renewed every few months; more are verified each time
+
+// chains says whether cert chains to the roots at that time.
+func (t *Trust) chains(cert *x509.Certificate, at time.Time) error {
+	var key [sha256.Size]byte
+	if t.known != nil {
+		key = sha256.Sum256(cert.Raw)
+		t.known.RLock()
+		v, ok := t.known.m[key]
+		t.known.RUnlock()
+		if ok && !at.Before(v.from) && !at.After(v.to) {
+			return nil
+		}
+	}
+	chains, err := cert.Verify(x509.VerifyOptions{
 		Roots:       t.Roots,
 		CurrentTime: at,
 		KeyUsages:   []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
-	if err != nil {
+	if err != nil || t.known == nil {
+		return err
+	}
+	v := validity{cert.NotBefore, cert.NotAfter}
+	for _, c := range chains[0] {
+		if c.NotBefore.After(v.from) {
+			v.from = c.NotBefore
+		}
+		if c.NotAfter.Before(v.to) {
+			v.to = c.NotAfter
+		}
+	}
+	t.known.Lock()
+	defer t.known.Unlock()
+	if t.known.m == nil {
+		t.known.m = map[[sha256.Size]byte]validity{}
+	}
+	if len(t.known.m) < maxKnownCerts {
+		t.known.m[key] = v
+	}
+	return nil
+}
+
+func (t *Trust) check(cert *x509.Certificate, node string, at time.Time) error {
+	if err := t.chains(cert, at); err != nil {
 		return err
 	}
 	if t.CheckNode != nil {
@@ -98,6 +155,11 @@ type Result struct {
 	Lost     int64  // bytes the node found torn after a crash, as its trailer says
 	Failed   string // why the node could record no further, as its trailer says
 	Problems []Problem
+	// Believed says that the header is the node's. Read sets it.
+	Believed bool
+	// Certificates are those that objects were signed with, or say they were, the
+	// header's first.
+	Certificates []*x509.Certificate
 }
 
 // Verified says whether the recording is complete and as its node wrote it.
@@ -132,7 +194,7 @@ func (r *Report) OK() bool {
 
 const (
 	maxProblems     = 10_000
-	verifyInFlight  = 4 // recordings at a time; each holds one segment, decompressed
+	verifyInFlight  = 8 // recordings at a time; each holds one segment, decompressed, and the object of the next
 	maxChainEntries = 10_000_000
 )
 
@@ -167,6 +229,7 @@ func Verify(ctx context.Context, store recording.Store, o VerifyOptions) (*Repor
 		rep.add(&c.res, o.Each)
 		return rep, nil
 	}
+	o.Trust.Remember()
 	chains := make(map[[2]string][]link)
 	var mu sync.Mutex // rep, chains
 	n := 0
@@ -320,6 +383,9 @@ type check struct {
 	res   Result
 	// each, when not nil, gets the entries of segments that are as signed.
 	each func(*recording.Entry) error
+	// want, when not nil, is asked about a valid header; its no ends the check
+	// with recording.ErrStop.
+	want func(*recording.Header) bool
 	// strict ends the check at the first problem, with it as error.
 	strict bool
 
@@ -329,8 +395,9 @@ type check struct {
 	prev     format.Hash // of the object before
 	prevName string      // "" when nothing can be said of what follows it
 	tree     *format.Tree
-	suspect  *Problem // the object before has a wrong signature: altered, or, when what follows names its hash, forged
-	forged   bool     // one was
+	ahead    <-chan fetched // the next segment; nil: it is not being fetched
+	suspect  *Problem       // the object before has a wrong signature: altered, or, when what follows names its hash, forged
+	forged   bool           // one was
 }
 
 func newCheck(store recording.Store, trust Trust, g *group) *check {
@@ -351,10 +418,35 @@ func (c *check) problem(k Kind, object, text string, args ...any) error {
 	return nil
 }
 
-// get reads an object. A nil slice without error: it is not what it should be,
-// which is reported.
-func (c *check) get(ctx context.Context, name string) ([]byte, error) {
-	b, err := c.store.Get(ctx, c.g.prefix+name)
+// fetched is an object that was read ahead.
+type fetched struct {
+	b   []byte
+	err error
+}
+
+// fetch reads an object while the one before it is checked: reading and
+// checking take about as long.
+func (c *check) fetch(ctx context.Context, wg *sync.WaitGroup, name string) <-chan fetched {
+	got := make(chan fetched, 1)
+	key := c.g.prefix + name
+	wg.Go(func() {
+		b, err := c.store.Get(ctx, key)
+		got <- fetched{b, err}
+	})
+	return got
+}
+
+// get reads an object, or takes it from where it was read ahead. A nil slice
+// without error: it is not what it should be, which is reported.
+func (c *check) get(ctx context.Context, name string, ahead <-chan fetched) ([]byte, error) {
+	var b []byte
+	var err error
+	if ahead != nil {
+		f := <-ahead
+		b, err = f.b, f.err
+	} else {
+		b, err = c.store.Get(ctx, c.g.prefix+name)
+	}
 	switch {
 	case errors.Is(err, recording.ErrTooLarge):
 		return nil, c.problem(Altered, name, "is larger than any object of a recording")
@@ -422,6 +514,9 @@ func (c *check) run(ctx context.Context) error {
 	if err := c.checkHeader(ctx); err != nil || c.header == nil {
 		return err
 	}
+	if c.valid && c.want != nil && !c.want(&c.header.Header) {
+		return recording.ErrStop
+	}
 	t, signed, err := c.getTrailer(ctx)
 	if err != nil {
 		return err
@@ -430,14 +525,22 @@ func (c *check) run(ctx context.Context) error {
 		return c.problem(Altered, recording.TrailerName, wrongSignature)
 	}
 	want := uint64(1) // next segment
-	for _, n := range c.g.segments {
+	ctx, cancel := context.WithCancel(ctx)
+	var ahead sync.WaitGroup
+	defer ahead.Wait()
+	defer cancel()
+	for i, n := range c.g.segments {
 		if signed && n > t.Segments {
 			break
 		}
 		if err := c.gap(want, n); err != nil {
 			return err
 		}
-		if err := c.checkSegment(ctx, n); err != nil {
+		got := c.ahead
+		if c.ahead = nil; i+1 < len(c.g.segments) {
+			c.ahead = c.fetch(ctx, &ahead, recording.SegmentName(c.g.segments[i+1]))
+		}
+		if err := c.checkSegment(ctx, n, got); err != nil {
 			return err
 		}
 		want = n + 1
@@ -480,7 +583,7 @@ func (c *check) gap(want, n uint64) error {
 
 func (c *check) checkHeader(ctx context.Context) error {
 	const name = recording.HeaderName
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, nil)
 	if b == nil {
 		return err
 	}
@@ -492,6 +595,7 @@ func (c *check) checkHeader(ctx context.Context) error {
 	c.prev, c.prevName = c.hash, name
 	c.res.Header = &h.Header
 	c.valid = true
+	c.res.Certificates = append(c.res.Certificates, h.Certificate)
 	if err := c.trust.check(h.Certificate, h.Node, h.Started); err != nil {
 		c.valid = false
 		if err := c.problem(UnknownSigner, name, "%v", err); err != nil {
@@ -520,6 +624,9 @@ func (c *check) signer(name string, continued *x509.Certificate) (*x509.Certific
 	if err := c.trust.check(continued, c.header.Node, continued.NotBefore); err != nil {
 		return nil, c.problem(UnknownSigner, name, "%v", err)
 	}
+	if !slices.ContainsFunc(c.res.Certificates, continued.Equal) {
+		c.res.Certificates = append(c.res.Certificates, continued)
+	}
 	return continued, nil
 }
 
@@ -532,9 +639,10 @@ func (c *check) follows(name string, prev format.Hash) error {
 	return nil
 }
 
-func (c *check) checkSegment(ctx context.Context, n uint64) error {
+// checkSegment checks segment n, which is being fetched when got is not nil.
+func (c *check) checkSegment(ctx context.Context, n uint64, got <-chan fetched) error {
 	name := recording.SegmentName(n)
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, got)
 	if b == nil {
 		c.prevName, c.tree = "", nil
 		return errors.Join(err, c.settle(nil, false))
@@ -622,7 +730,7 @@ func (c *check) getTrailer(ctx context.Context) (t *format.Trailer, signed bool,
 	if !c.g.trailer {
 		return nil, false, nil
 	}
-	b, err := c.get(ctx, name)
+	b, err := c.get(ctx, name, nil)
 	if b == nil {
 		return nil, false, err
 	}

@@ -201,8 +201,8 @@ func (s *Spool) make(p *sealing, name, path string, obj []byte, born time.Time) 
 // sealed makes p count: its objects are on disk, so the log files may go.
 func (s *Spool) sealed(p *sealing) {
 	r := p.r
-	r.tree, r.prev, r.segments, r.cut = p.tree, p.prev, p.segments, p.cut
 	s.mu.Lock()
+	r.tree, r.prev, r.segments, r.cut = p.tree, p.prev, p.segments, p.cut
 	r.failure = p.failure
 	r.logs = slices.Delete(r.logs, 0, len(p.logs))
 	r.objects = append(r.objects, p.made...)

@@ -276,6 +276,11 @@ func (s *Spool) finish(recs []*rec) error {
 		delete(s.mu.sessions, r.session)
 	}
 	s.mu.Unlock()
+	if s.o.Stored != nil {
+		for _, r := range recs {
+			s.o.Stored(r.name())
+		}
+	}
 	return nil
 }
 

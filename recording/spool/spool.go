@@ -36,6 +36,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -71,7 +72,10 @@ type Options struct {
 	// Append and Buffer fail with ErrFull. What closes recordings is written
 	// even then.
 	MaxSpoolBytes int64
-	Log           *slog.Logger // nil: discarded
+	// Stored, when not nil, is told of each recording, YYYY/MM/DD/session, that
+	// is in the store to its end. It must not block.
+	Stored func(name string)
+	Log    *slog.Logger // nil: discarded
 }
 
 func (o *Options) setDefaults() error {
@@ -186,6 +190,11 @@ type rec struct {
 	failures int
 	notUntil time.Time
 	alarm    error // what the store holds differs, or files are damaged
+}
+
+// name is the recording's in the store: YYYY/MM/DD/session.
+func (r *rec) name() string {
+	return strings.TrimSuffix(strings.TrimPrefix(r.prefix, recording.Root), "/")
 }
 
 // A logFile is closed and waits for the sealer.

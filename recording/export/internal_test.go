@@ -1,0 +1,4 @@
+package export
+
+// EntryRow is a row of a Parquet file.
+type EntryRow = entryRow
