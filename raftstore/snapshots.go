@@ -317,6 +317,7 @@ func (s *snapshotSink) KeepState(h fsm.Head) error {
 // Write takes a part of a received stream.
 func (s *snapshotSink) Write(p []byte) (int, error) {
 	if s.in == nil {
+		s.store.log.Info("a snapshot arrives", "id", s.m.Meta.ID) // raft's log has only its end
 		r, w := io.Pipe()
 		in := &incoming{w: w, done: make(chan struct{})}
 		dir := s.store.fs.PathJoin(s.path+tmpSuffix, tablesName)
@@ -438,6 +439,9 @@ func (s *snapshotStore) mend(index, term uint64) (atEnd bool, err error) {
 		return false, nil
 	}
 	replaced := err == nil
+	if replaced {
+		s.log.Warn("the log differs from the leader's at the snapshot's end; what follows was never committed", "index", index, "had_term", l.Term, "term", term)
+	}
 	if replaced || errors.Is(err, raft.ErrLogNotFound) {
 		// The deletion is synced with what is stored after it.
 		if err = s.logs.DeleteRange(0, index-1); err == nil {

@@ -245,6 +245,7 @@ func Open(cfg Config) (_ *Store, err error) {
 }
 
 func setDefaults(cfg *Config) {
+	often(cfg)
 	if cfg.HeartbeatTimeout == 0 {
 		cfg.HeartbeatTimeout = defaultHeartbeat
 	}

@@ -174,7 +174,7 @@ func one(ctx context.Context, s settings, name string, stdout io.Writer) error {
 	if sc.files != nil {
 		o.files = sc.files
 	}
-	o.prepare = sc.prepare
+	o.prepare, o.env = sc.prepare, sc.env
 	var s3 *s3Server
 	if sc.S3 {
 		var err error

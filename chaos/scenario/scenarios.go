@@ -19,6 +19,7 @@ type Scenario struct {
 	S3    bool              // recordings go to an S3 server
 	Hooks bool              // needs a binary built with the tag chaos
 	files map[string]string // of the configuration
+	env   []string          // further variables of all nodes
 	// prepare, if not nil, changes a node's directory before its first start.
 	prepare func(dataDir string) error
 	play    func(context.Context, *World) error
@@ -41,6 +42,8 @@ var Scenarios = []Scenario{
 	{Name: "S13", Title: "syncs take 200 ms longer, on one node and on all", Hooks: true, play: playSlowDisk},
 	{Name: "S14", Title: "disk full: of the databases, and of the spool", play: playFullDisk},
 	{Name: "S15", Title: "torn ends of a log, flipped bits in tables", play: playDamage},
+	{Name: "S16", Title: "kill -9 while a snapshot arrives, is restored, is taken", Hooks: true, env: oftenSnapshots, files: largeFiles, play: playKillSnapshots},
+	{Name: "S17", Title: "a leader's uncommitted entries behind the start of the others' logs", Hooks: true, env: closerSnapshots, play: playDivergent},
 	{Name: "S18", Title: "wall clocks off by an hour, a clock of another boot", Hooks: true, play: playClock},
 	{Name: "S19", Title: "a node that gets 5 % of a processor", play: playStarve},
 	{Name: "S20", Title: "the cgroup freezer", play: playFreezer},

@@ -78,6 +78,7 @@ type options struct {
 	gate       string // kernelGate of the nodes
 	recordings string
 	files      map[string]string // of the configuration
+	env        []string          // of all nodes
 	prepare    func(dataDir string) error
 	log        *log.Logger
 }
@@ -125,7 +126,7 @@ func newWorld(ctx context.Context, o options) (_ *World, err error) {
 		files[name] = content
 	}
 	w.Cluster, err = cluster.Start(ctx, cluster.Options{
-		Nodes: o.nodes, Binary: o.binary, Files: files, Recordings: o.recordings, Prepare: o.prepare,
+		Nodes: o.nodes, Binary: o.binary, Files: files, Env: o.env, Recordings: o.recordings, Prepare: o.prepare,
 		Place: place, TargetHost: sandbox.Gateway, Log: o.log.Printf,
 		// Each node has a network of its own, and the right to filter in it.
 		ServeArgs: []string{"--kernel-gate=" + o.gate},

@@ -204,7 +204,12 @@ func (s *Server) Handler() http.Handler { return s.guard(s.public) }
 // MeshHandler serves other nodes, known by their certificates.
 func (s *Server) MeshHandler() http.Handler {
 	return s.guard(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, member := s.State.View().Nodes[tunnel.Peer(r.Context())]; !member {
+		v := s.State.View()
+		if _, member := v.Nodes[tunnel.Peer(r.Context())]; !member {
+			if head, _, _ := s.Store.Head(); v.Seq < head { // it has just started
+				fail(w, &Problem{Code: "unavailable", Error: "this node has not read its events yet, and knows no members", Status: http.StatusMisdirectedRequest})
+				return
+			}
 			fail(w, &Problem{Code: "forbidden", Error: "not a member of this cluster", Status: http.StatusForbidden})
 			return
 		}
@@ -416,6 +421,25 @@ func hasKey(r *http.Request) bool {
 // leaderTries bounds how often a call is tried while a leader is elected.
 const leaderTries = 20
 
+var (
+	errNotLeader = errors.New("not the leader any more") // or it knows too little yet: it has done nothing
+	errUnsure    = errors.New("an earlier try may have been made, whatever the answer to this one says")
+)
+
+// taken says whether the leader's answer to a call is the caller's. After a try
+// that nobody answered, a refusal is not: it says nothing of that try, whose
+// change may be stored already, or be in the log and stored later. unsure says
+// that there was one.
+func taken(status int, unsure bool) error {
+	switch {
+	case status == http.StatusMisdirectedRequest:
+		return errNotLeader
+	case unsure && status >= 400 && status < 500:
+		return errUnsure
+	}
+	return nil
+}
+
 // toLeader hands a call on. The leader authenticates the caller itself.
 func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 	if id := event.NewID(); r.Header.Get("Idempotency-Key") == "" && strings.HasPrefix(r.Header.Get("Authorization"), "Bearer ") {
@@ -425,6 +449,7 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 	if r.URL.Path == "/v1/cluster/backup" { // as long as bytes come; the leader gives up when none are taken
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 	}
+	unsure := false // a try was not answered
 	for try := 0; ; try++ {
 		leader, _ := s.Store.Leader()
 		if leader != "" && leader != s.Node {
@@ -438,13 +463,18 @@ func (s *Server) toLeader(w http.ResponseWriter, r *http.Request, body []byte) {
 				},
 				Transport: s.Mesh.Transport(),
 				ModifyResponse: func(resp *http.Response) error {
-					if resp.StatusCode == http.StatusMisdirectedRequest && try < leaderTries {
-						return errors.New("not the leader any more")
+					if err := taken(resp.StatusCode, unsure); err != nil {
+						return err
 					}
 					s.awaitSeq(r.Context(), resp.Header.Get(PositionHeader))
 					return nil
 				},
 				ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+					if errors.Is(err, errUnsure) {
+						fail(w, problem(raftstore.ErrUnknownOutcome))
+						return
+					}
+					unsure = unsure || !errors.Is(err, errNotLeader)
 					if retry = try < leaderTries && r.Context().Err() == nil; !retry {
 						fail(w, &Problem{Code: "unavailable", Error: fmt.Sprintf("the leader %s cannot be reached: %v; try again", leader, err), Status: http.StatusServiceUnavailable})
 					}

@@ -40,7 +40,11 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	n := storetest.New(t, 1, nil).Leader()
+	return newRigAt(t, storetest.New(t, 1, nil).Leader())
+}
+
+func newRigAt(t *testing.T, n *storetest.Node) *rig {
+	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	store, err := upload.Open(t.Context(), t.TempDir())
 	if err != nil {
