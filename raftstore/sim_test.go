@@ -232,7 +232,7 @@ func (s *sim) heal() {
 			close(*c)
 		}
 		if p := n.fatal.Load(); p != nil && n.store != nil {
-			if strings.Contains((*p).Error(), "mended at its end") {
+			if strings.Contains((*p).Error(), "start this node again") {
 				s.crash(n, 100) // it asked to be started again
 			} else {
 				s.net.fail("%s stopped: %v", n.id, *p)

@@ -354,6 +354,10 @@ func (s *snapshotSink) Cancel() error {
 	return s.store.fs.RemoveAll(s.path + tmpSuffix)
 }
 
+// errStartAgain is why a node stops that is well but for what raft remembers of
+// its log.
+var errStartAgain = errors.New("start this node again")
+
 // Close makes the snapshot durable and then mends the log.
 func (s *snapshotSink) Close() error {
 	if s.closed {
@@ -363,10 +367,21 @@ func (s *snapshotSink) Close() error {
 	if err := s.commit(); err != nil {
 		return errors.Join(fmt.Errorf("store a snapshot: %w", err), s.store.fs.RemoveAll(s.path+tmpSuffix))
 	}
+	if first, err := s.store.logs.FirstIndex(); err != nil {
+		return err
+	} else if first > s.m.Meta.Index+1 && !s.own {
+		// Another leader had begun to send it before a newer one arrived from the
+		// one before. An entry in front of a gap would be refused for ever, as
+		// would the leader's next ones without it; a node that starts is asked
+		// from its log's end on, where both have the same.
+		err := fmt.Errorf("a snapshot up to %d came when the log began at %d already; %w", s.m.Meta.Index, first, errStartAgain)
+		s.store.fail(err)
+		return err
+	}
 	atEnd, err := s.store.mend(s.m.Meta.Index, s.m.Meta.Term)
 	if atEnd {
 		// raft remembers the old term of the last entry and cannot be told.
-		s.store.fail(errors.New("the log was mended at its end; start this node again"))
+		s.store.fail(fmt.Errorf("the log was mended at its end; %w", errStartAgain))
 	}
 	if err != nil {
 		return err

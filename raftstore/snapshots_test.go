@@ -71,6 +71,41 @@ func mustEntry(t *testing.T, index, term uint64) *raft.Log {
 	return &raft.Log{Index: index, Term: term, Type: raft.LogCommand, Data: data}
 }
 
+// A snapshot that ends before the log begins was overtaken by a newer one. An
+// entry in front of a gap would be refused for ever: the node asks to be started
+// again, and its log stays as it is.
+func TestOvertakenSnapshot(t *testing.T) {
+	for index, overtaken := range map[uint64]bool{8: true, 9: false} {
+		logs := mustLogs(t, vfs.NewMem())
+		cache := mustCache(t, logs).LogCache
+		for i := uint64(10); i <= 12; i++ {
+			if err := cache.StoreLog(mustEntry(t, i, 1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var failed error
+		fs := vfs.NewMem()
+		snaps := mustSnapshots(t, fs, mustState(t, fs), cache)
+		snaps.fail = func(err error) { failed = err }
+		_, trans := raft.NewInmemTransport("a")
+		sink, err := snaps.Create(1, index, 1, raft.Configuration{}, 1, trans)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustCopy(t, sink, mustSource(t, 3))
+		err = sink.Close()
+		first, _ := logs.FirstIndex()
+		last, _ := logs.LastIndex()
+		want := uint64(9)
+		if overtaken {
+			want = 10
+		}
+		if (err != nil) != overtaken || errors.Is(failed, errStartAgain) != overtaken || first != want || last != 12 {
+			t.Errorf("up to %d: %v, failed %v; the log has %d to %d", index, err, failed, first, last)
+		}
+	}
+}
+
 func TestMend(t *testing.T) {
 	for _, c := range []struct {
 		name        string
