@@ -31,7 +31,10 @@ func TestFreezeWithoutQuorum(t *testing.T) {
 	work := func(name string, n *cluster.Node, job string) *busy {
 		c := s.login(t, n, "bench", s.job(t, job, "feature", nil))
 		b := &busy{name: name, failed: make(chan error, 1)}
+		ended := make(chan struct{})
+		t.Cleanup(func() { <-ended }) // ctx has ended by then; the session is closed after it
 		go func() {
+			defer close(ended)
 			for ctx.Err() == nil {
 				if err := c.simple(ctx, "SELECT 1"); err != nil {
 					b.failed <- err
